@@ -1,0 +1,99 @@
+"""Acceptance statistics of a draft on a text: the join of draft, target states and losses, and the walk over it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from lkspec.decoding.walk import WalkCount, walk_turns
+from lkspec.drafts.base import Draft
+from lkspec.losses.divergences import token_stats
+from lkspec.targets.base import Target
+from lkspec.types import Batch, LinearHead, TargetStates, TokenStats, stack_rows
+
+_TEXT_TOKENS = 2048  # padded tokens a batch of the walk
+
+
+def draft_stats(
+    draft: Draft,
+    batch: Batch,
+    states: TargetStates,
+    target_head: LinearHead,
+    *,
+    num_depths: int | None = None,
+    **options: Any,
+) -> TokenStats:
+    """Statistics of every supervised token of a batch; ``options`` as in ``token_stats``."""
+    hidden = draft.unroll(batch, states, num_depths)
+    return token_stats(
+        hidden,
+        [draft.head(depth) for depth in range(1, len(hidden) + 1)],
+        states.last,
+        target_head,
+        draft.vocab,
+        batch.tokens,
+        batch.depth_mask(len(hidden)),
+        **options,
+    )
+
+
+@torch.inference_mode()
+def walk_texts(
+    target: Target,
+    draft: Draft,
+    texts: Sequence[tuple[str, Sequence[int], Sequence[int]]],
+    *,
+    temperature: float,
+    num_draft_tokens: int,
+) -> list[WalkCount | None]:
+    """Walks answers that the target wrote at a temperature.
+
+    Args:
+        target: the target.
+        draft: the draft.
+        texts: (name, prompt tokens, answer tokens) of each.
+        temperature: at which the answers were sampled, without filters.
+        num_draft_tokens: K of each round.
+
+    Returns:
+        The count of each text; None where the answer is too short for one whole round.
+    """
+    counts: dict[int, WalkCount] = {}
+    for indices in _grouped([len(prompt) + len(answer) for _, prompt, answer in texts]):
+        batch = _as_batch([texts[index] for index in indices]).to(target.device)
+        stats = draft_stats(
+            draft,
+            batch,
+            target.states(batch),
+            target.head,
+            num_depths=num_draft_tokens,
+            temperature=temperature or 1.0,
+        )
+        accept = stats.hit if temperature == 0 else stats.accept_prob
+        for row, index in enumerate(indices):
+            walked = walk_turns(accept[:, row], stats.mask[:, row], batch.turns[row])
+            if walked:
+                counts[index] = walked[0]
+    return [counts.get(index) for index in range(len(texts))]
+
+
+def _grouped(lengths: Sequence[int]) -> Iterable[list[int]]:
+    """Indices in batches of similar length, each within the padded area."""
+    group: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if group and (len(group) + 1) * lengths[index] > _TEXT_TOKENS:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def _as_batch(texts: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> Batch:
+    tokens = stack_rows(torch.tensor([*prompt, *answer]) for _, prompt, answer in texts)
+    turns = stack_rows(torch.tensor([0] * len(prompt) + [1] * len(answer)) for _, prompt, answer in texts)
+    segments = stack_rows(torch.ones(len(prompt) + len(answer), dtype=torch.int64) for _, prompt, answer in texts)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    return Batch(tokens, positions, segments, turns, tuple((name,) for name, _, _ in texts))

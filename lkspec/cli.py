@@ -1,0 +1,48 @@
+"""The console script: ``lkspec <verb> [hydra overrides]``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+VERBS = {
+    "train": "train a draft and measure its acceptance length",
+    "evaluate": "measure a finished run by speculative decoding",
+    "generate": "let the target answer prompts (or write them): training conversations",
+    "inspect": "show what is supervised in a data set",
+    "show": "generate with a finished run, coloured by who wrote each token",
+}
+
+
+def main() -> None:
+    """Runs one verb; each is also ``python -m lkspec.<verb>``."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in ("-h", "--help"):
+        print(usage())
+        return
+    if verb not in VERBS:
+        print(f"Error: unknown verb {verb!r}; expected one of {', '.join(VERBS)}\n\n{usage()}", file=sys.stderr)
+        sys.exit(2)
+    del sys.argv[1]
+    sys.argv[0] = f"lkspec {verb}"
+    importlib.import_module(f"lkspec.{verb}").main()
+
+
+def usage() -> str:
+    """The help text."""
+    lines = [f"  lkspec {verb:<9} {purpose}" for verb, purpose in VERBS.items()]
+    return "\n".join(
+        [
+            "lkspec: draft models for speculative decoding, trained on the acceptance rate itself",
+            "",
+            "Usage: lkspec VERB [group=choice] [key=value] ...   (Hydra overrides)",
+            "",
+            *lines,
+            "",
+            "lkspec VERB --help lists the groups and keys of a verb.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What every entry point shares: where the configuration lies, how bad input is reported.
+
+The packaged ``conf`` folder is found both in a checkout and in an installed wheel. ``./conf`` of the working directory
+is on Hydra's search path and the working directory is importable, so that a user's own draft, loss or benchmark is two
+files (a class and a yaml) in a folder of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.errors import InstantiationException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+
+log = logging.getLogger(__name__)
+
+
+def config_dir() -> Path:
+    """The packaged configuration: inside the wheel, or at the root of a checkout."""
+    packaged = Path(__file__).parent / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+class WorkingDirectorySearchPath(SearchPathPlugin):
+    """Puts ``./conf`` behind the packaged configuration."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        local = Path.cwd() / "conf"
+        if local.is_dir() and local.resolve() != config_dir().resolve():
+            search_path.append(provider="working-directory", path=f"file://{local}")
+
+
+def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Makes a Hydra application of a function, with ``./conf`` searched and user errors printed in one line."""
+
+    def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @functools.wraps(function)
+        def task(config: DictConfig) -> Any:
+            quiet_libraries()
+            try:
+                return function(config)
+            except (ValueError, InstantiationException) as error:
+                _exit_with(error)
+
+        @functools.wraps(function)
+        def main() -> None:
+            sys.path.insert(0, os.getcwd())
+            Plugins.instance().register(WorkingDirectorySearchPath)
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(task)()
+
+        return main
+
+    return decorate
+
+
+def instantiate(config: DictConfig, **arguments: Any) -> Any:
+    """Hydra's instantiate, with plain lists and dicts for the classes it builds."""
+    return hydra.utils.instantiate(config, _convert_="all", **arguments)
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The configuration as plain data, interpolations resolved."""
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def quiet_libraries() -> None:
+    """Hides progress bars and notices of libraries that say nothing about the user's run."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated.*")
+
+
+def _exit_with(error: Exception) -> None:
+    """Prints what a user did wrong without a stack trace (``HYDRA_FULL_ERROR=1`` shows it)."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        raise error
+    cause = error
+    while isinstance(cause, InstantiationException) and isinstance(cause.__cause__, Exception):
+        cause = cause.__cause__
+    if not isinstance(cause, ValueError) and not isinstance(error, InstantiationException):
+        raise error
+    print(f"Error: {cause}\n(set HYDRA_FULL_ERROR=1 for the stack trace)", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,250 @@
+"""The data of a run: reads, tokenises, splits and batches conversations for the trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from lightning import LightningDataModule
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lkspec.data.chat import Encoded, encode_conversation
+from lkspec.data.conversations import BadRows, Conversation, OnBadRow, read_conversations
+from lkspec.data.dataset import EncodedStore, EvaluationLoader, StepLoader, StepSampler
+from lkspec.data.planning import plan_evaluation
+
+log = logging.getLogger(__name__)
+
+
+class SpeculatorDataModule(LightningDataModule):
+    """Conversations as batches of tokens with their assistant turns marked.
+
+    Call ``bind`` with the target's tokenizer before ``setup``.
+
+    Args:
+        train: where the training conversations lie (see ``read_conversations``).
+        validation: where validation conversations lie, one path or several.
+        max_length: tokens kept of each conversation.
+        max_tokens: padded area of a micro-batch (rows * longest row).
+        accumulate: micro-batches per optimiser step and rank; they are yielded together.
+        pack: whether rows of ``max_length`` hold several training conversations.
+        num_workers: processes that make batches.
+        seed: of the order of training.
+        on_bad_row: "error" or "skip".
+        val_fraction: share of the training conversations held out when no ``validation`` is named.
+        split_seed: of that split; apart from ``seed``, so that runs with different seeds share their validation set.
+        limit_conversations: read only so many training conversations.
+
+    Raises:
+        ValueError: sizes that contradict each other, both or unusable validation settings.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: str,
+        validation: str | Sequence[str] | None = None,
+        max_length: int = 2048,
+        max_tokens: int = 8192,
+        accumulate: int = 1,
+        pack: bool = False,
+        num_workers: int = 0,
+        seed: int = 0,
+        on_bad_row: OnBadRow = "error",
+        val_fraction: float = 0.0,
+        split_seed: int = 0,
+        limit_conversations: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= max_length <= max_tokens:
+            raise ValueError(
+                f"expected 1 <= data.max_length <= data.max_tokens, since a micro-batch must hold the longest "
+                f"conversation; got {max_length} and {max_tokens}"
+            )
+        if accumulate < 1:
+            raise ValueError(f"data.accumulate: expected a number >= 1, got {accumulate}")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"data.val_fraction: expected a share in [0, 1), got {val_fraction}")
+        self._train_path = train
+        self._validation_paths = [validation] if isinstance(validation, str) else list(validation or [])
+        if self._validation_paths and val_fraction:
+            raise ValueError("data.validation and data.val_fraction are both set: keep one of them")
+        self.max_length, self.max_tokens, self.accumulate, self.pack = max_length, max_tokens, accumulate, pack
+        self.num_workers, self.seed, self.on_bad_row = num_workers, seed, on_bad_row
+        self._val_fraction, self._split_seed, self._limit = val_fraction, split_seed, limit_conversations
+        self.num_bad_rows = self.num_dropped = 0
+        # A rank without a validation conversation takes part with an empty batch.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._eos_ids: tuple[int, ...] = ()
+        self._train: EncodedStore | None = None
+        self._validation: EncodedStore | None = None
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase, *, eos_ids: tuple[int, ...], max_positions: int) -> None:
+        """Takes the target's tokenizer, end-of-turn tokens and context limit.
+
+        Raises:
+            ValueError: ``max_length`` is beyond the target's context.
+        """
+        if self.max_length > max_positions:
+            raise ValueError(
+                f"data.max_length={self.max_length} is beyond the target's context: set it to at most {max_positions}"
+            )
+        self._tokenizer, self._eos_ids = tokenizer, eos_ids
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads and tokenises everything, once.
+
+        Raises:
+            ValueError: as ``read_conversations`` and ``encode_conversation``; no conversation left with an answer.
+        """
+        if self._train is not None:
+            return
+        self.num_bad_rows = self.num_dropped = 0
+        conversations = self._read(self._train_path, self._limit)
+        held_out = [c for c in conversations if is_held_out(c.id, fraction=self._val_fraction, seed=self._split_seed)]
+        names = {conversation.id for conversation in held_out}
+        if self._val_fraction and not 0 < len(names) < len(conversations):
+            raise ValueError(
+                f"data.val_fraction={self._val_fraction} holds out {len(names)} of {len(conversations)} conversations: "
+                "change it, or name a validation set"
+            )
+        train, validation = EncodedStore(), EncodedStore()
+        self._encode([c for c in conversations if c.id not in names], train, self._train_path)
+        if held_out:
+            self._encode(held_out, validation, f"{self._train_path} (held out)")
+        for path in self._validation_paths:
+            self._encode(self._read(path, None), validation, path)
+        self._train, self._validation = train, validation
+
+    def _read(self, path: str, limit: int | None) -> list[Conversation]:
+        read = read_conversations(path, on_bad_row=self.on_bad_row, limit=limit)
+        self.num_bad_rows += read.bad_rows.count
+        return read.conversations
+
+    def _encode(self, conversations: list[Conversation], store: EncodedStore, path: str) -> None:
+        """Tokenises conversations into a store, without those that have no supervised token left."""
+        assert self._tokenizer is not None, "call bind(...) before setup()"
+        bad_rows, num_dropped, num_before = BadRows(self.on_bad_row), 0, len(store)
+        for conversation in conversations:
+            try:
+                encoded = encode_conversation(
+                    self._tokenizer, conversation, max_length=self.max_length, eos_ids=self._eos_ids
+                )
+            except ValueError as error:
+                bad_rows.add(path, str(error))
+                continue
+            if encoded.num_supervised:
+                store.append(encoded)
+            else:
+                num_dropped += 1
+        cut = f"{num_dropped} conversations have no answer within data.max_length={self.max_length}"
+        if len(store) == num_before:
+            raise ValueError(f"{path}: none of {len(conversations)} is left: {cut}, {bad_rows.summary()}")
+        if bad_rows.count:
+            log.warning("%s: %s", path, bad_rows.summary())
+        if num_dropped:
+            log.warning("%s: %s", path, cut)
+        self.num_bad_rows += bad_rows.count
+        self.num_dropped += num_dropped
+
+    def train_dataloader(self) -> StepLoader:
+        """Optimiser steps of this rank, each a list of ``accumulate`` batches."""
+        store = self.train_set
+        sampler = StepSampler(
+            store.lengths,
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+            pack=self.pack,
+            max_length=self.max_length,
+            num_replicas=self._num_replicas,
+            rank=self._rank,
+            accumulate=self.accumulate,
+        )
+        return StepLoader(store, sampler, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
+        """Every validation conversation once over all ranks, in a fixed order, one batch a step."""
+        store = self.validation_set
+        if not len(store):
+            return []
+        steps = plan_evaluation(
+            store.lengths, max_tokens=self.max_tokens, num_replicas=self._num_replicas, rank=self._rank
+        )
+        return EvaluationLoader(store, steps, num_workers=self.num_workers)
+
+    def val_conversations(self, temperature: float) -> list[Encoded]:
+        """Validation conversations written at a temperature, or at an unknown one.
+
+        Raises:
+            ValueError: there are validation conversations, but none of that temperature.
+        """
+        store = self.validation_set
+        chosen = [index for index, known in enumerate(store.temperatures) if known is None or known == temperature]
+        if len(store) and not chosen:
+            there = sorted({str(known) for known in store.temperatures})
+            raise ValueError(
+                f"no validation conversation was written at temperature {temperature}: there are {', '.join(there)}; "
+                "name a set generated at that temperature in data.validation"
+            )
+        return [store[index] for index in chosen]
+
+    def token_counts(self, vocab_size: int) -> Int[Tensor, " V"]:
+        """How often each token is supervised in the training conversations.
+
+        Raises:
+            ValueError: the tokenizer made a token that the target's vocabulary does not have.
+        """
+        counts = np.bincount(self.train_set.supervised_tokens(), minlength=vocab_size)
+        if counts.size > vocab_size:
+            raise ValueError(
+                f"the conversations hold the token {counts.size - 1}, but the target's vocabulary has {vocab_size}: "
+                "its tokenizer belongs to another model"
+            )
+        return torch.from_numpy(counts)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of sha256 over the training conversations' ids, tokens and turns."""
+        return self.train_set.fingerprint()
+
+    @property
+    def num_conversations(self) -> int:
+        """Training conversations."""
+        return len(self.train_set)
+
+    @property
+    def num_supervised_tokens(self) -> int:
+        """Supervised tokens of the training conversations."""
+        return int(self.train_set.supervised_tokens().size)
+
+    @property
+    def train_set(self) -> EncodedStore:
+        """The training conversations."""
+        assert self._train is not None, "call setup() first"
+        return self._train
+
+    @property
+    def validation_set(self) -> EncodedStore:
+        """The validation conversations; empty when there are none."""
+        assert self._validation is not None, "call setup() first"
+        return self._validation
+
+    @property
+    def _num_replicas(self) -> int:
+        return 1 if self.trainer is None else int(self.trainer.world_size)
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else int(self.trainer.global_rank)
+
+
+def is_held_out(conversation_id: str, *, fraction: float, seed: int) -> bool:
+    """Whether a conversation belongs to the validation split: by its own id, so that other rows do not matter."""
+    digest = hashlib.sha256(f"{seed}:{conversation_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64

@@ -1,0 +1,90 @@
+"""The Draft contract (contract 2): one architecture a file, trained by ``unroll``, served by ``propose``."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lkspec.kv_cache import PositionCache
+from lkspec.types import Batch, DraftSampler, FreshStates, LinearHead, TargetStates
+from lkspec.vocab import DraftVocab
+
+
+class Draft(nn.Module):
+    """A draft model.
+
+    Attributes:
+        vocab: the tokens it can propose.
+        num_depths: depths K that it trains.
+        max_depths: most tokens it can draft a round; None when its weights are shared over depths.
+        paper_eta: eta of ``lk_lambda`` that the paper uses for this architecture.
+    """
+
+    vocab: DraftVocab
+    num_depths: int
+    max_depths: int | None
+    paper_eta: float
+
+    @abstractmethod
+    def unroll(
+        self, batch: Batch, states: TargetStates, num_depths: int | None = None
+    ) -> Float[Tensor, "K B T H"]:
+        """What multiplies ``head(k)`` at every anchor and depth, given the text's own tokens (teacher forcing).
+
+        ``num_depths`` is the trained K unless given; at most ``max_depths``.
+        """
+
+    @abstractmethod
+    def head(self, depth: int) -> LinearHead:
+        """The head of depth k = 1..K, [D, H]; it may be frozen and shared over depths."""
+
+    @abstractmethod
+    def observe(self, cache: PositionCache, fresh: FreshStates) -> Float[Tensor, "B S H"]:
+        """Enters what the target has newly read into the cache; drafted entries of the last round are overwritten.
+
+        Returns the draft's state at each new anchor, from which ``propose`` goes on.
+        """
+
+    @abstractmethod
+    def propose(
+        self, cache: PositionCache, fresh: FreshStates, sample: DraftSampler, num_draft_tokens: int
+    ) -> Int[Tensor, "B K"]:
+        """Drafts K tokens (target ids) a row from the last real anchor of ``fresh``.
+
+        ``sample`` is called once a depth, in order, with that depth's draft logits.
+        """
+
+    def new_cache(self, num_rows: int) -> PositionCache:
+        """An empty cache for ``observe`` and ``propose``."""
+        return PositionCache(num_rows)
+
+    def check_num_draft_tokens(self, num_draft_tokens: int) -> None:
+        """Refuses more depths than the draft has.
+
+        Raises:
+            ValueError: num_draft_tokens < 1 or above ``max_depths``.
+        """
+        if num_draft_tokens < 1:
+            raise ValueError(f"num_draft_tokens: expected at least 1, got {num_draft_tokens}")
+        if self.max_depths is not None and num_draft_tokens > self.max_depths:
+            raise ValueError(
+                f"num_draft_tokens={num_draft_tokens}: this {type(self).__name__} has {self.max_depths} heads; "
+                f"use at most {self.max_depths}, or train more by draft.num_depths"
+            )
+
+    @property
+    def num_trainable(self) -> int:
+        """Parameters that training changes."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    @property
+    def num_frozen(self) -> int:
+        """Parameters copied from the target and left as they are (embedding or head rows), shared ones included."""
+        frozen = [*(p for p in self.parameters() if not p.requires_grad), *self.frozen_tensors()]
+        return sum(p.numel() for p in frozen)
+
+    def frozen_tensors(self) -> list[Tensor]:
+        """Tensors of the target that the draft reads without owning them; they are not in its checkpoint."""
+        return []

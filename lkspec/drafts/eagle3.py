@@ -1,0 +1,183 @@
+"""EAGLE-3 (Li et al. 2025, arXiv 2503.01840): one decoder layer over fused hidden states of the target.
+
+At anchor t the layer reads the embedding of x_{t+1} and h_t = fc(auxiliary states at t); at depth k >= 2 it reads
+x_{t+k} and its own output of depth k - 1 at the same anchor (training-time test). Keys: depth 1 of all anchors <= t,
+then this anchor's own depths 2..k; RoPE position t + k - 1. Parameters carry the names that vLLM and SGLang load.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from lkspec.drafts.base import Draft
+from lkspec.drafts.layers import INIT_STD, GatedMLP, Rope, attend, linear
+from lkspec.kv_cache import PositionCache
+from lkspec.types import Batch, DecoderDims, DraftSampler, FreshStates, LinearHead, TargetSpec, TargetStates
+from lkspec.vocab import DraftVocab
+
+
+class Eagle3(Draft):
+    """The EAGLE-3 draft of a target.
+
+    Args:
+        spec: the target's dimensions, embedding (shared, frozen) and head.
+        vocab: the draft vocabulary.
+        num_depths: depths K of the training-time test.
+        head_init: ``target`` starts the head from the target's rows (scaled as the target's head is), ``random`` not.
+        norm_before_residual: the layer's residual stream starts at hidden_norm(h) instead of h.
+
+    Raises:
+        ValueError: num_depths < 1, an unknown head_init, or ``target`` where the target's head has a bias.
+    """
+
+    def __init__(
+        self,
+        spec: TargetSpec,
+        vocab: DraftVocab,
+        *,
+        num_depths: int = 6,
+        head_init: str = "target",
+        norm_before_residual: bool = False,
+        paper_eta: float = 3.0,
+    ) -> None:
+        super().__init__()
+        if num_depths < 1:
+            raise ValueError(f"draft.num_depths: expected at least 1, got {num_depths}")
+        self.vocab = vocab
+        self.num_depths = num_depths
+        self.max_depths = None
+        self.paper_eta = paper_eta
+        dims = spec.dims
+        self.register_buffer("embedding", spec.embedding, persistent=False)
+        self.fc = linear(spec.num_aux * dims.hidden_size, dims.hidden_size)
+        self.midlayer = _FusedLayer(dims, norm_before_residual=norm_before_residual)
+        self.norm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.lm_head = nn.Linear(dims.hidden_size, vocab.size, bias=False)
+        self._init_head(spec, head_init)
+
+    embedding: Tensor
+
+    @torch.no_grad()
+    def _init_head(self, spec: TargetSpec, head_init: str) -> None:
+        if head_init == "random":
+            nn.init.normal_(self.lm_head.weight, std=INIT_STD)
+        elif head_init == "target":
+            if spec.head.bias is not None:
+                raise ValueError("draft.head_init=target: the target's head has a bias, which an EAGLE-3 head has not")
+            self.lm_head.weight.copy_(spec.head.weight[self.vocab.ids.to(spec.head.weight.device)] * spec.head.scale)
+            if spec.final_norm is not None:
+                self.norm.weight.copy_(spec.final_norm)
+        else:
+            raise ValueError(f"draft.head_init: expected 'target' or 'random', got {head_init!r}")
+
+    def frozen_tensors(self) -> list[Tensor]:
+        return [self.embedding]
+
+    def head(self, depth: int) -> LinearHead:
+        return LinearHead(weight=self.lm_head.weight)
+
+    def unroll(
+        self, batch: Batch, states: TargetStates, num_depths: int | None = None
+    ) -> Float[Tensor, "K B T H"]:
+        hidden = self.fc(states.aux.to(self.fc.weight.dtype))
+        visible = _visible(batch)
+        causal: tuple[Tensor, Tensor] | None = None
+        own: tuple[tuple[Tensor, Tensor], ...] = ()
+        outputs = []
+        for depth in range(1, (num_depths or self.num_depths) + 1):
+            embedded = self._embed(_shifted(batch.tokens, depth))
+            queries, keys, values = self.midlayer.project(embedded, hidden, batch.positions + depth - 1)
+            if causal is None:
+                causal = (keys, values)
+            else:
+                own = (*own, (keys, values))
+            hidden = self.midlayer.finish(hidden, attend(queries, *causal, visible, own))
+            outputs.append(self.norm(hidden))
+        return torch.stack(outputs)
+
+    def observe(self, cache: PositionCache, fresh: FreshStates) -> Float[Tensor, "B S H"]:
+        hidden = self.fc(fresh.states.aux.to(self.fc.weight.dtype))
+        return self._cached_layer(cache, fresh.next_tokens, hidden, fresh.positions)
+
+    def propose(
+        self, cache: PositionCache, fresh: FreshStates, sample: DraftSampler, num_draft_tokens: int
+    ) -> Int[Tensor, "B K"]:
+        rows = torch.arange(fresh.lengths.shape[0], device=fresh.lengths.device)
+        hidden = self.observe(cache, fresh)[rows, fresh.lengths - 1][:, None]
+        anchors = fresh.positions[rows, fresh.lengths - 1][:, None]
+        tokens: list[Tensor] = []
+        for depth in range(1, num_draft_tokens + 1):
+            if depth > 1:
+                hidden = self._cached_layer(cache, tokens[-1][:, None], hidden, anchors + depth - 1)
+            logits = self.head(depth).logits(self.norm(hidden[:, 0]))
+            tokens.append(self.vocab.to_target(sample(logits)))
+        return torch.stack(tokens, dim=1)
+
+    def _cached_layer(
+        self, cache: PositionCache, tokens: Int[Tensor, "B S"], hidden: Float[Tensor, "B S H"], positions: Tensor
+    ) -> Float[Tensor, "B S H"]:
+        queries, keys, values = self.midlayer.project(self._embed(tokens), hidden, positions)
+        cache.at(positions)
+        keys, values = cache.update(keys, values, 0)
+        return self.midlayer.finish(hidden, attend(queries, keys, values, cache.mask()))
+
+    def _embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T H"]:
+        return nn.functional.embedding(tokens, self.embedding).to(self.fc.weight.dtype)
+
+
+class _FusedLayer(nn.Module):
+    """A Llama decoder layer whose attention reads concat(input_layernorm(embedding), hidden_norm(h))."""
+
+    def __init__(self, dims: DecoderDims, *, norm_before_residual: bool) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = dims.num_heads, dims.num_kv_heads, dims.head_dim
+        self.norm_before_residual = norm_before_residual
+        self.input_layernorm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.hidden_norm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.self_attn = nn.ModuleDict(
+            {
+                "q_proj": linear(2 * dims.hidden_size, dims.num_heads * dims.head_dim),
+                "k_proj": linear(2 * dims.hidden_size, dims.num_kv_heads * dims.head_dim),
+                "v_proj": linear(2 * dims.hidden_size, dims.num_kv_heads * dims.head_dim),
+                "o_proj": linear(dims.num_heads * dims.head_dim, dims.hidden_size),
+            }
+        )
+        self.mlp = GatedMLP(dims.hidden_size, dims.ffn_size)
+        self.rope = Rope(dims.inv_freq, dims.rope_attention_factor)
+
+    def project(
+        self, embedded: Float[Tensor, "B S H"], hidden: Float[Tensor, "B S H"], positions: Int[Tensor, "B S"]
+    ) -> tuple[Float[Tensor, "B N S E"], Float[Tensor, "B M S E"], Float[Tensor, "B M S E"]]:
+        """Queries, keys and values; RoPE is applied to the first two."""
+        fused = torch.cat([self.input_layernorm(embedded), self.hidden_norm(hidden)], dim=-1)
+        queries = self._split(self.self_attn["q_proj"](fused), self.num_heads)
+        keys = self._split(self.self_attn["k_proj"](fused), self.num_kv_heads)
+        values = self._split(self.self_attn["v_proj"](fused), self.num_kv_heads)
+        return self.rope(queries, positions), self.rope(keys, positions), values
+
+    def finish(self, hidden: Float[Tensor, "B S H"], mixed: Float[Tensor, "B N S E"]) -> Float[Tensor, "B S H"]:
+        """The rest of the layer: output projection, residual and MLP. The result is what the next depth reads."""
+        residual = self.hidden_norm(hidden) if self.norm_before_residual else hidden
+        hidden = residual + self.self_attn["o_proj"](mixed.transpose(1, 2).flatten(2))
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    def _split(self, flat: Float[Tensor, "B S NE"], num_heads: int) -> Float[Tensor, "B N S E"]:
+        return flat.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)
+
+
+def _visible(batch: Batch) -> Bool[Tensor, "B 1 T T"]:
+    """Anchors of the same conversation, not later than the query's."""
+    same = batch.segments[:, :, None] == batch.segments[:, None, :]
+    slots = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+    return (same & (slots[:, None] >= slots[None, :]))[:, None]
+
+
+def _shifted(tokens: Int[Tensor, "B T"], offset: int) -> Int[Tensor, "B T"]:
+    """x_{t + offset} at slot t; past the row's end, where no anchor is supervised, token 0."""
+    shifted = torch.zeros_like(tokens)
+    if offset < tokens.shape[1]:
+        shifted[:, :-offset] = tokens[:, offset:]
+    return shifted

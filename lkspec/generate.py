@@ -1,0 +1,137 @@
+"""``lkspec generate``: the target answers a prompt file, or writes prompts itself."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lkspec.config import entry_point, instantiate, resolved
+from lkspec.data.generation import (
+    Prompt,
+    PromptFilter,
+    ResumableJsonl,
+    bare_user_header,
+    prompt_tokens,
+    read_prompts,
+)
+from lkspec.decoding.chain import ChainDecoder, Completion, Request
+from lkspec.decoding.sampling import Sampling
+from lkspec.targets.base import Target
+
+console = Console()
+
+
+@entry_point("generate")
+def main(config: DictConfig) -> None:
+    """Writes ``config.out``; resumes a partial file made with the same settings."""
+    options = resolved(config)
+    settings = {key: value for key, value in options.items() if key not in ("out", "batch_size")}
+    out = ResumableJsonl(Path(config.out), settings)
+    if config.prompts == "magpie" and not config.num_prompts:
+        raise ValueError("prompts=magpie: say how many prompts to write by num_prompts=...")
+    target: Target = instantiate(config.target)
+    decoder = ChainDecoder(
+        target,
+        None,
+        sampling=Sampling(temperature=config.temperature, top_p=config.top_p),
+        num_draft_tokens=0,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    if out.rows:
+        console.print(f"resuming {out.partial}: {len(out.rows)} rows are done")
+    if config.prompts == "magpie":
+        _write_prompts(config, target, decoder, out)
+    else:
+        _answer(options, target, decoder, out)
+    console.print(f"wrote {len(out.rows)} rows to {out.path}")
+
+
+def _answer(options: dict[str, Any], target: Target, decoder: ChainDecoder, out: ResumableJsonl) -> None:
+    prompts = read_prompts(options["prompts"], field_name=options["field"], limit=options["num_prompts"])
+    done = {row["id"] for row in out.rows}
+    waiting = {prompt.id: prompt for prompt in prompts if prompt.id not in done}
+    requests = [
+        Request(prompt.id, 0, prompt_tokens(target.tokenizer, prompt), options["max_new_tokens"])
+        for prompt in waiting.values()
+    ]
+    with _progress(len(prompts), len(done)) as advance:
+        for completion in decoder.run(requests):
+            out.append(_row(waiting[completion.request.prompt_id], completion, target, options["temperature"]))
+            advance(len(completion.tokens))
+    order = {prompt.id: index for index, prompt in enumerate(prompts)}
+    out.finish(lambda row: order[row["id"]])
+
+
+def _row(prompt: Prompt, completion: Completion, target: Target, temperature: float) -> dict[str, Any]:
+    answer = {"role": "assistant", "content": completion_text(completion, target)}
+    return {
+        "id": prompt.id,
+        "messages": [*prompt.messages, answer],
+        "temperature": temperature,
+        "finish_reason": completion.finish_reason,
+        "num_tokens": len(completion.tokens),
+    }
+
+
+def completion_text(completion: Completion, target: Target) -> str:
+    """The answer without its end-of-text token."""
+    tokens = completion.tokens[:-1] if completion.finish_reason == "stop" else completion.tokens
+    return target.tokenizer.decode(tokens)
+
+
+def _write_prompts(config: DictConfig, target: Target, decoder: ChainDecoder, out: ResumableJsonl) -> None:
+    header = bare_user_header(target.tokenizer, config.system)
+    keep = PromptFilter()
+    for row in out.rows:
+        keep(row["prompt"], "stop")
+    first = max((row["attempt"] for row in out.rows), default=-1) + 1
+    with _progress(config.num_prompts, len(out.rows)) as advance:
+        for attempt in itertools.count(first, config.batch_size):
+            if len(out.rows) >= config.num_prompts:
+                break
+            requests = [Request(str(attempt + i), 0, header, config.max_new_tokens) for i in range(config.batch_size)]
+            completions = sorted(decoder.run(requests), key=lambda c: int(c.request.prompt_id))
+            for completion in completions:
+                text = completion_text(completion, target).strip()
+                if len(out.rows) < config.num_prompts and keep(text, completion.finish_reason):
+                    number = int(completion.request.prompt_id)
+                    out.append({"id": f"magpie-{config.seed}-{number:06d}", "attempt": number, "prompt": text})
+                    advance(len(completion.tokens))
+    out.finish(lambda row: row["attempt"])
+    console.print("dropped: " + (", ".join(f"{n} {why}" for why, n in sorted(keep.dropped.items())) or "none"))
+
+
+@contextmanager
+def _progress(total: int, done: int) -> Iterator[Any]:
+    """A bar with rows, tokens/s and the time left."""
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} rows"),
+        TextColumn("{task.fields[rate]:.0f} tokens/s"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    ]
+    with Progress(*columns, console=console, refresh_per_second=2) as progress:
+        task = progress.add_task("generating", total=total, completed=done, rate=0.0)
+        num_tokens = 0
+
+        def advance(tokens: int) -> None:
+            nonlocal num_tokens
+            num_tokens += tokens
+            elapsed = progress.tasks[task].elapsed or 1e-9
+            progress.update(task, advance=1, rate=num_tokens / elapsed)
+
+        yield advance
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""A key-value cache in which slot = position, for targets and drafts alike.
+
+Rows of a batch accept different numbers of drafted tokens. Here each row writes at its own positions, and a query at
+position i sees exactly the slots j <= i (i - window < j <= i in a sliding layer). A rejected token's entry is simply
+overwritten when its position is written again, so there is no roll-back, no dead slot and no left padding.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+_GROWTH = 128  # slots; capacity grows by at least this many, so that re-allocation is rare
+
+
+class PositionCache:
+    """Keys and values [B, N, L, head_dim] of each layer, written at explicit positions.
+
+    Used by transformers models as ``past_key_values`` (it only calls ``update``) and by drafts directly.
+    Call ``at(positions)`` before each forward pass.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self._positions: Tensor | None = None
+        self._limit = 0
+        self.is_compileable = False
+
+    def at(self, positions: Int[Tensor, "B S"]) -> None:
+        """Sets the positions that the coming ``update`` calls write."""
+        assert positions.shape[0] == self.num_rows, (positions.shape, self.num_rows)
+        self._positions = positions
+        self._limit = int(positions.max()) + 1
+
+    @property
+    def limit(self) -> int:
+        """Slots that the coming forward pass can see: keys and masks have this length."""
+        return self._limit
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Length as transformers asks for it; positions are always explicit, so it is never used to derive them."""
+        return self._limit
+
+    def update(
+        self, keys: Float[Tensor, "B N S E"], values: Float[Tensor, "B N S E"], layer_idx: int, *_: object
+    ) -> tuple[Float[Tensor, "B N L E"], Float[Tensor, "B N L E"]]:
+        """Writes keys and values of one layer at the positions of ``at`` and returns all visible ones."""
+        positions = self._positions
+        assert positions is not None, "call at(positions) before update"
+        while len(self.keys) <= layer_idx:
+            self.keys.append(keys.new_zeros(0))
+            self.values.append(values.new_zeros(0))
+        self.keys[layer_idx] = _write(self.keys[layer_idx], keys, positions, self._limit)
+        self.values[layer_idx] = _write(self.values[layer_idx], values, positions, self._limit)
+        return self.keys[layer_idx][:, :, : self._limit], self.values[layer_idx][:, :, : self._limit]
+
+    def mask(self, window: int | None = None) -> Bool[Tensor, "B 1 S L"]:
+        """Which slots each query of the coming forward pass sees."""
+        assert self._positions is not None, "call at(positions) before mask"
+        queries = self._positions[:, None, :, None]
+        slots = torch.arange(self._limit, device=queries.device)
+        visible = slots <= queries
+        return visible if window is None else visible & (slots > queries - window)
+
+    def copy_row(self, row: int, source: PositionCache, source_row: int, length: int) -> None:
+        """Copies the first ``length`` slots of another cache's row over this row."""
+        for layer, (keys, values) in enumerate(zip(source.keys, source.values, strict=True)):
+            while len(self.keys) <= layer:
+                self.keys.append(keys.new_zeros(0))
+                self.values.append(values.new_zeros(0))
+            self.keys[layer] = _reserve(self.keys[layer], keys, self.num_rows, length)
+            self.values[layer] = _reserve(self.values[layer], values, self.num_rows, length)
+            self.keys[layer][row, :, :length] = keys[source_row, :, :length]
+            self.values[layer][row, :, :length] = values[source_row, :, :length]
+
+    def keep(self, rows: list[int]) -> None:
+        """Drops all rows but these."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+        self.num_rows = len(rows)
+        self._positions = None
+
+
+def _reserve(buffer: Tensor, like: Tensor, num_rows: int, limit: int) -> Tensor:
+    """The buffer with room for ``limit`` slots; contents kept."""
+    if buffer.ndim == 4 and buffer.shape[2] >= limit:
+        return buffer
+    capacity = limit + _GROWTH
+    grown = like.new_zeros(num_rows, like.shape[1], capacity, like.shape[3])
+    if buffer.ndim == 4:
+        grown[:, :, : buffer.shape[2]] = buffer
+    return grown
+
+
+def _write(buffer: Tensor, new: Tensor, positions: Tensor, limit: int) -> Tensor:
+    buffer = _reserve(buffer, new, new.shape[0], limit)
+    rows = torch.arange(new.shape[0], device=new.device)[:, None]
+    # Advanced indices around a slice put the indexed axes first: [B, S, N, E].
+    buffer[rows, :, positions] = new.transpose(1, 2)
+    return buffer

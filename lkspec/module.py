@@ -1,0 +1,261 @@
+"""SpeculatorModule: joins a draft, a target's states and an objective into one LightningModule."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from lightning import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lkspec.decoding.walk import WalkCount, walk_turns
+from lkspec.drafts.base import Draft
+from lkspec.acceptance import draft_stats
+from lkspec.losses.objectives import Objective, masked_sums, reduce_loss
+from lkspec.types import Batch, LinearHead, TargetStates, TokenStats
+
+CHECKPOINT_KEY = "lkspec"
+
+
+class SpeculatorModule(LightningModule):
+    """Trains a draft on the target's distributions.
+
+    Loss: ``sum_k gamma^(k-1) / N_k * sum_(b,t) mask_k value_k``, where N_k counts the supervised tokens of the whole
+    optimiser step over micro-batches and ranks; the gradient is that of this loss whatever the number of either.
+
+    Args:
+        draft: trained; the only thing a checkpoint keeps.
+        objective: gives the values.
+        target_states: computes (or remembers) the frozen target's states of a batch.
+        target_head: the target's head.
+        optimizer: makes the optimiser from parameters.
+        scheduler: makes the schedule, stepped each optimiser step, from the optimiser and the number of steps.
+        gamma: weight ratio between depths.
+        gradient_clip: largest gradient norm.
+        chunk_size: target rows whose logits are alive together.
+        recompute: compute logits again in backward instead of keeping them.
+        walk_depths: drafted tokens of the validation walk; the draft's trained depths by default.
+        checkpoint_info: plain data saved with every checkpoint (the resolved config, the target's fingerprint).
+    """
+
+    def __init__(
+        self,
+        draft: Draft,
+        objective: Objective,
+        *,
+        target_states: Callable[[Batch], TargetStates],
+        target_head: LinearHead,
+        optimizer: Callable[[Iterable[Tensor]], Optimizer],
+        scheduler: Callable[[Optimizer, int], LRScheduler],
+        gamma: float = 0.8,
+        gradient_clip: float = 0.5,
+        chunk_size: int = 1024,
+        recompute: bool = True,
+        walk_depths: int | None = None,
+        checkpoint_info: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False  # a step's micro-batches share N_k, so they are seen together
+        self.draft = draft
+        self.objective = objective
+        self._target_states = target_states
+        self._target_head = target_head
+        self._make_optimizer = optimizer
+        self._make_scheduler = scheduler
+        self.gamma, self.gradient_clip = gamma, gradient_clip
+        self._chunk_size, self._recompute = chunk_size, recompute
+        self._walk_depths = walk_depths or draft.num_depths
+        self._checkpoint_info = checkpoint_info or {}
+        self._validation: dict[str, _ValidationSums] = {}
+        self._last_time: float | None = None
+        self.num_supervised_seen = 0
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self._make_optimizer([p for p in self.draft.parameters() if p.requires_grad])
+        num_steps = int(self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer, num_steps)}
+
+    def stats(self, batch: Batch, *, temperature: float = 1.0) -> TokenStats:
+        """Statistics of every supervised token of a batch at every trained depth."""
+        return draft_stats(
+            self.draft,
+            batch,
+            self._target_states(batch),
+            self._target_head,
+            temperature=temperature,
+            row_value=self.objective.row_value,
+            chunk_size=self._chunk_size,
+            recompute=self._recompute and torch.is_grad_enabled(),
+        )
+
+    def forward(self, batch: Batch) -> TokenStats:
+        return self.stats(batch)
+
+    def training_step(self, batches: list[Batch], batch_idx: int) -> None:
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        counts = torch.stack([batch.depth_mask(self.draft.num_depths).sum((1, 2)) for batch in batches]).sum(0)
+        counts = self._summed(counts.to(self.device))
+        sums: dict[str, Tensor] = {}
+        loss_sum = torch.zeros((), device=self.device)
+        scalars: dict[str, Tensor] = {}
+        optimizer.zero_grad()
+        for batch in batches:
+            stats = self.stats(batch.to(self.device))
+            batch_sums = {name: self._summed(value) for name, value in masked_sums(stats).items()}
+            mean_alpha = batch_sums["alpha"] / batch_sums["count"].clamp(min=1)
+            loss = reduce_loss(self.objective.values(stats, mean_alpha), stats.mask, counts, self.gamma)
+            # DDP averages gradients over ranks; the loss is already divided by the count over all of them.
+            self.manual_backward(loss * self.trainer.world_size)
+            loss_sum += loss.detach()
+            sums = {name: sums.get(name, 0) + value for name, value in batch_sums.items()}
+            scalars = self.objective.scalars(mean_alpha)
+        loss_sum = self._summed(loss_sum)
+        norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.gradient_clip)
+        self._refuse_non_finite(loss_sum, norm, batches)
+        optimizer.step()
+        scheduler.step()
+        self._log_step(loss_sum, norm, sums, scalars, scheduler.get_last_lr()[0])
+
+    def _refuse_non_finite(self, loss: Tensor, norm: Tensor, batches: list[Batch]) -> None:
+        if bool(torch.isfinite(loss)) and bool(torch.isfinite(norm)):
+            return
+        ids = [name for batch in batches for row in batch.ids for name in row]
+        raise ValueError(
+            f"the loss became {float(loss):g} (gradient norm {float(norm):g}) at step {self.global_step} on "
+            f"conversations {', '.join(ids)}. The last checkpoint holds the state before. Try a lower optimizer.lr, "
+            "trainer.precision=32-true or target.dtype=float32, or look at these conversations with lkspec inspect"
+        )
+
+    def _log_step(
+        self, loss: Tensor, norm: Tensor, sums: dict[str, Tensor], scalars: dict[str, Tensor], lr: float
+    ) -> None:
+        count = sums["count"].clamp(min=1)
+        num_tokens = int(sums["count"][0])
+        self.num_supervised_seen += num_tokens
+        values: dict[str, Any] = {
+            "train/loss": loss,
+            "train/grad_norm": norm,
+            "train/lr": lr,
+            "train/coverage": sums["coverage"][0] / count[0],
+            "train/supervised_tokens": float(self.num_supervised_seen),
+        }
+        for name in ("alpha", "kl", "top1"):
+            values |= _per_depth(f"train/{name}", sums[name] / count)
+        for name, per_depth in scalars.items():
+            values |= _per_depth(f"train/{name}", per_depth)
+        now = time.monotonic()
+        if self._last_time is not None:
+            values["train/tokens_per_second"] = num_tokens / (now - self._last_time)
+        self._last_time = now
+        self.log_dict(values)
+        self.log("loss", loss, prog_bar=True, logger=False)
+        self.log("alpha_1", values["train/alpha/depth_1"], prog_bar=True, logger=False)
+        if "train/tokens_per_second" in values:
+            self.log("tokens/s", values["train/tokens_per_second"], prog_bar=True, logger=False)
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = {}
+
+    def validation_step(self, batches: list[Batch], batch_idx: int, dataloader_idx: int = 0) -> None:
+        temperature = self.trainer.datamodule.val_temperatures[dataloader_idx]
+        tag = "text" if temperature is None else f"T{temperature:g}"
+        total = self._validation.setdefault(tag, _ValidationSums(self.draft.num_depths, self._walk_depths))
+        for batch in batches:
+            batch = batch.to(self.device)
+            stats = self.stats(batch)
+            mean_alpha = masked_sums(stats)["alpha"] / masked_sums(stats)["count"].clamp(min=1)
+            total.add(stats, self.objective.values(stats, mean_alpha))
+            if temperature is not None:
+                walked = stats if temperature in (0, 1) else self.stats(batch, temperature=temperature)
+                accept = walked.hit if temperature == 0 else walked.accept_prob
+                total.walk(accept, stats.mask, batch.turns)
+
+    def on_validation_epoch_end(self) -> None:
+        for tag, total in self._validation.items():
+            sums = {name: self._summed(value.to(self.device)) for name, value in total.sums.items()}
+            count = sums["count"].clamp(min=1)
+            values = {f"val/{tag}/coverage": sums["coverage"][0] / count[0]}
+            for name in ("alpha", "kl", "top1", "objective"):
+                values |= _per_depth(f"val/{tag}/{name}", sums[name] / count)
+            if float(sums["walk"][0]) > 0:
+                values[f"val/{tag}/walk_acceptance_length"] = 1 + sums["walk"][1] / sums["walk"][0]
+            # Sums are over ranks already: every rank logs the same number.
+            self.log_dict(values, add_dataloader_idx=False, rank_zero_only=False)
+        self._last_time = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[CHECKPOINT_KEY] = {
+            **self._checkpoint_info,
+            "num_supervised_seen": self.num_supervised_seen,
+            "rng": rng_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint[CHECKPOINT_KEY]
+        self.num_supervised_seen = saved["num_supervised_seen"]
+        restore_rng_state(saved["rng"])
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch  # micro-batches move one by one, so that only one is on the device
+
+    def _summed(self, value: Tensor) -> Tensor:
+        """The sum over ranks."""
+        if self.trainer.world_size == 1:
+            return value
+        return self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
+
+
+class _ValidationSums:
+    """Sums of one validation set on this rank."""
+
+    def __init__(self, num_depths: int, walk_depths: int) -> None:
+        self.walk_depths = min(walk_depths, num_depths)
+        names = ("alpha", "kl", "top1", "coverage", "accept_prob", "count", "objective")
+        self.sums: dict[str, Tensor] = {name: torch.zeros(num_depths, dtype=torch.float64) for name in names}
+        self.sums["walk"] = torch.zeros(2, dtype=torch.float64)  # rounds, accepted
+
+    def add(self, stats: TokenStats, values: Float[Tensor, "K B T"]) -> None:
+        for name, value in masked_sums(stats).items():
+            self.sums[name] += value.double().cpu()
+        self.sums["objective"] += values.masked_fill(~stats.mask, 0.0).sum((1, 2)).double().cpu()
+
+    def walk(self, accept: Tensor, mask: Tensor, turns: Tensor) -> None:
+        for row in range(turns.shape[0]):
+            depths = slice(0, self.walk_depths)
+            counts: list[WalkCount] = walk_turns(accept[depths, row], mask[depths, row], turns[row])
+            for count in counts:
+                self.sums["walk"] += torch.tensor([count.rounds, count.accepted], dtype=torch.float64)
+
+
+def _per_depth(prefix: str, values: Float[Tensor, " K"]) -> dict[str, Tensor]:
+    return {f"{prefix}/depth_{depth}": value for depth, value in enumerate(values, start=1)}
+
+
+def rng_state() -> dict[str, Any]:
+    """The random states of torch, numpy and Python, as plain data and tensors."""
+    version, words, position, has_gauss, cached = np.random.get_state(legacy=True)
+    python = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(version), torch.from_numpy(np.asarray(words).astype(np.int64)), position, has_gauss, cached],
+        "python": [python[0], list(python[1]), python[2]],
+    }
+
+
+def restore_rng_state(state: dict[str, Any]) -> None:
+    """Restores what ``rng_state`` saved."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    version, words, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((version, words.numpy().astype(np.uint32), position, has_gauss, cached))
+    python = state["python"]
+    random.setstate((python[0], tuple(python[1]), python[2]))

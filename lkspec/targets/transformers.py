@@ -1,0 +1,376 @@
+"""Any causal language model of transformers, frozen, in process."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from lkspec.kv_cache import PositionCache
+from lkspec.types import Batch, DecoderDims, LinearHead, TargetSpec, TargetStates
+
+_MASKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_MIN_LAYERS_FOR_DEFAULT_AUX = 7
+
+
+class TransformersTarget:
+    """A frozen transformers model behind the Target protocol.
+
+    Raises:
+        ValueError: a folder without a model, an attention implementation or dtype that is not there, colliding
+            auxiliary layers, a head that cannot be described, layers with recurrent or convolutional state.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        name: str | None = None,
+        dtype: str = "float32",
+        device: str = "auto",
+        attn_implementation: str | None = None,
+        aux_layer_ids: tuple[int, ...] | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if attn_implementation is not None and "flash" in attn_implementation:
+            _require_flash_attention(attn_implementation)
+        torch_dtype = parse_dtype(dtype)
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch_dtype, attn_implementation=attn_implementation, use_safetensors=True, **options
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                "target.path: expected a model folder or a hub id of a causal language model with safetensors "
+                f"weights and a tokenizer, got {path!r} ({' '.join(str(error).split())})"
+            ) from error
+        self._init_from(model, tokenizer, name=name or Path(path).name, aux_layer_ids=aux_layer_ids, device=device)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        aux_layer_ids: tuple[int, ...] | None = None,
+        device: str = "auto",
+    ) -> TransformersTarget:
+        """Wraps a model that is already in memory."""
+        target = cls.__new__(cls)
+        target._init_from(model, tokenizer, name=name, aux_layer_ids=aux_layer_ids, device=device)
+        return target
+
+    def _init_from(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        aux_layer_ids: tuple[int, ...] | None,
+        device: str,
+    ) -> None:
+        self.name = name
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        self.dtype = self.model.dtype
+        self.tokenizer = tokenizer
+        self.config = self.model.config.get_text_config()
+        self.attn_implementation = str(self.config._attn_implementation)
+        self.num_layers = int(self.config.num_hidden_layers)
+        self.num_parameters = sum(p.numel() for p in self.model.parameters())
+        self._layer_types = _layer_types(self.config, name)
+        self._decoder = _checked_decoder(self.model, name)
+        self.aux_layer_ids = _checked_aux_layers(aux_layer_ids, self.num_layers, name)
+        self.max_positions = int(self.config.max_position_embeddings)
+        self.embedding = self.model.get_input_embeddings().weight.detach()
+        self.eos_ids = _eos_ids(self.model, tokenizer)
+        self.special_ids = tuple(sorted({*self.eos_ids, *_special_ids(tokenizer, self.embedding.shape[0])}))
+        self.head = self._checked_head()
+        self.spec = TargetSpec(
+            dims=_decoder_dims(self.config),
+            embedding=self.embedding,
+            head=self.head,
+            final_norm=self._plain_final_norm(),
+            num_aux=len(self.aux_layer_ids),
+        )
+        self.fingerprint = self._fingerprint()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.weight.shape[0]
+
+    @torch.no_grad()
+    def states(self, batch: Batch) -> TargetStates:
+        batch = batch.to(self.device)
+        # Rows padded on the right need no mask: no real token sees the padding behind it.
+        mask = self._packed_mask(batch) if batch.is_packed else None
+        return self._forward(batch.tokens, batch.positions, mask, None)
+
+    def new_cache(self, num_rows: int) -> PositionCache:
+        return PositionCache(num_rows)
+
+    @torch.no_grad()
+    def step(self, tokens: Int[Tensor, "B S"], positions: Int[Tensor, "B S"], cache: PositionCache) -> TargetStates:
+        cache.at(positions)
+        masks = {layer_type: cache.mask(window) for layer_type, window in self._layer_types.items()}
+        return self._forward(tokens, positions, self._as_model_mask(masks), cache)
+
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor] | None, cache: PositionCache | None
+    ) -> TargetStates:
+        with self._record_layer_inputs() as entered:
+            output = self._decoder(
+                input_ids=tokens,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        aux = torch.cat([entered[layer] for layer in self.aux_layer_ids], dim=-1)
+        return TargetStates(aux=aux, last=output.last_hidden_state)
+
+    @contextmanager
+    def _record_layer_inputs(self) -> Iterator[dict[int, Tensor]]:
+        entered: dict[int, Tensor] = {}
+
+        def recorder(layer: int) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                entered[layer] = args[0] if args else kwargs["hidden_states"]
+
+            return hook
+
+        handles = [
+            self._decoder.layers[layer].register_forward_pre_hook(recorder(layer), with_kwargs=True)
+            for layer in self.aux_layer_ids
+        ]
+        try:
+            yield entered
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _packed_mask(self, batch: Batch) -> Tensor | dict[str, Tensor]:
+        same = batch.segments[:, :, None] == batch.segments[:, None, :]
+        distance = batch.positions[:, :, None] - batch.positions[:, None, :]
+        visible = same & (distance >= 0)
+        return self._as_model_mask(
+            {
+                layer_type: (visible if window is None else visible & (distance < window))[:, None]
+                for layer_type, window in self._layer_types.items()
+            }
+        )
+
+    def _as_model_mask(self, masks: dict[str, Bool[Tensor, "B 1 S L"]]) -> Tensor | dict[str, Tensor]:
+        """Masks in the form that the attention implementation reads: bool for sdpa, additive for eager."""
+        if "flash" in self.attn_implementation:
+            raise ValueError(
+                f"{self.name}: cached decoding and packed rows need explicit attention masks, which "
+                f"{self.attn_implementation} cannot take; set target.attn_implementation=sdpa (or eager)"
+            )
+        prepared: dict[str, Tensor] = dict(masks)
+        if self.attn_implementation == "eager":
+            lowest = torch.finfo(self.dtype).min
+            prepared = {
+                layer_type: torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, lowest)
+                for layer_type, mask in masks.items()
+            }
+        return prepared if _is_hybrid(self.config) else next(iter(prepared.values()))
+
+    @torch.no_grad()
+    def _checked_head(self) -> LinearHead:
+        """Describes the head and checks head(last hidden) = model logits (contract 3)."""
+        output = self.model.get_output_embeddings()
+        scale = getattr(self.config, "logit_scale", None) or 1.0
+        scale = scale / (getattr(self.config, "logits_scaling", None) or 1.0)
+        head = LinearHead(
+            weight=output.weight.detach(),
+            bias=None if getattr(output, "bias", None) is None else output.bias.detach(),
+            scale=float(scale),
+            soft_cap=getattr(self.config, "final_logit_softcapping", None),
+        )
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, self.embedding.shape[0], (1, 8), generator=generator).to(self.device)
+        positions = torch.arange(8, device=self.device)[None]
+        with self._eager_if_flash():
+            expected = self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
+            described = head.logits(self._forward(tokens, positions, None, None).last).float()
+        tolerance = 1e-4 if self.dtype == torch.float32 else 2e-2
+        error = float((expected - described).abs().max() / expected.abs().max().clamp_min(1e-6))
+        if not error <= tolerance:
+            raise ValueError(
+                f"{self.name}: its logits are not soft_cap(scale * W h + bias) of its last hidden state "
+                f"(relative error {error:.1e}, allowed {tolerance:.0e}); this model's head is not supported"
+            )
+        return head
+
+    @contextmanager
+    def _eager_if_flash(self) -> Iterator[None]:
+        """flash-attn runs on GPUs and in half precision only; the construction check must run anywhere."""
+        if "flash" not in self.attn_implementation or self.device.type == "cuda":
+            yield
+            return
+        raise ValueError(f"{self.attn_implementation} needs a CUDA device, got {self.device}")
+
+    def _plain_final_norm(self) -> Tensor | None:
+        """The final norm's weight where the norm is weight * x / rms(x); Gemma's, for one, is (1 + weight)."""
+        norm: Any = getattr(self._decoder, "norm", None)
+        if getattr(norm, "weight", None) is None:
+            return None
+        weight: Tensor = norm.weight.detach()
+        # A mean other than zero tells LayerNorm from RMSNorm.
+        probe = torch.linspace(-1.0, 2.0, weight.numel(), device=self.device, dtype=torch.float32)
+        eps = getattr(self.config, "rms_norm_eps", 1e-6)
+        plain = weight.float() * probe * (probe.square().mean() + eps).rsqrt()
+        actual = norm(probe.to(self.dtype)).float()
+        return weight if torch.allclose(plain, actual, rtol=2e-2, atol=1e-3) else None
+
+    def _fingerprint(self) -> str:
+        """Digest of a sample of every parameter, rounded to bfloat16 so that loading in another dtype keeps it."""
+        digest = hashlib.sha256(f"{type(self.model).__name__} {self.num_parameters}".encode())
+        for name, parameter in self.model.named_parameters():
+            sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 512)].to(torch.bfloat16)
+            digest.update(name.encode() + sample.view(torch.int16).cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """A torch dtype by name.
+
+    Raises:
+        ValueError: a name that is none of float32, bfloat16, float16.
+    """
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ValueError(f"dtype: expected one of {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+def _require_flash_attention(name: str) -> None:
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ValueError(
+            f"target.attn_implementation={name} needs the package flash-attn, which is not installed: "
+            "pip install 'lkspec[flash]' (a CUDA machine), or set target.attn_implementation=sdpa"
+        )
+
+
+def _checked_decoder(model: Any, name: str) -> Any:
+    """The decoder, whose layers are hooked and whose positions are set explicitly."""
+    decoder = model.get_decoder()
+    if not hasattr(decoder, "layers") or "position_ids" not in inspect.signature(decoder.forward).parameters:
+        raise ValueError(
+            f"{name}: a target's decoder must have `layers` and take `position_ids`, {type(decoder).__name__} does "
+            "not; Llama, Qwen, Gemma, Mistral, gpt-oss and similar models do"
+        )
+    return decoder
+
+
+def _checked_aux_layers(ids: tuple[int, ...] | None, num_layers: int, name: str) -> tuple[int, ...]:
+    if ids is None:
+        if num_layers < _MIN_LAYERS_FOR_DEFAULT_AUX:
+            raise ValueError(
+                f"{name}: the default auxiliary layers (2, n//2, n-3) collide for {num_layers} layers; "
+                f"they need at least {_MIN_LAYERS_FOR_DEFAULT_AUX}. Set target.aux_layer_ids to distinct layers"
+            )
+        return (2, num_layers // 2, num_layers - 3)
+    ids = tuple(int(i) for i in ids)
+    if list(ids) != sorted(set(ids)) or not all(0 <= i < num_layers for i in ids):
+        raise ValueError(
+            f"{name}: target.aux_layer_ids must be distinct, ascending and in [0, {num_layers}), got {list(ids)}"
+        )
+    return ids
+
+
+def _layer_types(config: Any, name: str) -> dict[str, int | None]:
+    """Each kind of attention layer with its window (None = full), refusing state that cannot be rolled back."""
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return {"full_attention": window}
+    unsupported = sorted(set(types) - _MASKED_LAYER_TYPES)
+    if unsupported:
+        raise ValueError(
+            f"{name}: layers of type {', '.join(unsupported)} are not supported, only "
+            f"{' and '.join(sorted(_MASKED_LAYER_TYPES))}: decoding must take rejected tokens back, which recurrent "
+            "and convolutional state does not allow"
+        )
+    return {kind: (window if kind == "sliding_attention" else None) for kind in sorted(set(types))}
+
+
+def _is_hybrid(config: Any) -> bool:
+    """Whether the model reads a mask a layer type; models with one kind of layer read a single mask."""
+    types = getattr(config, "layer_types", None)
+    return types is not None and len(set(types)) > 1
+
+
+def _decoder_dims(config: Any) -> DecoderDims:
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if "full_attention" in rope:  # one set a layer type: the draft's layer is a full-attention one
+        rope = dict(rope["full_attention"])
+    rope.pop("partial_rotary_factor", None)  # the draft's layer rotates whole heads, here and in engines
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    inv_freq, factor = _rope_frequencies(config, rope, head_dim)
+    ffn_size = config.intermediate_size
+    experts_per_token = getattr(config, "num_experts_per_tok", None)
+    if experts_per_token:  # one dense block as wide as the experts that a token uses
+        ffn_size = experts_per_token * (getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
+    return DecoderDims(
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=head_dim,
+        ffn_size=ffn_size,
+        rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
+        max_positions=config.max_position_embeddings,
+        inv_freq=inv_freq,
+        rope_attention_factor=factor,
+        rope_parameters=rope,
+    )
+
+
+def _rope_frequencies(config: Any, rope: dict[str, Any], head_dim: int) -> tuple[Tensor, float]:
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        return 1.0 / (float(rope.get("rope_theta", 10_000.0)) ** exponent), 1.0
+    if kind not in ("linear", "llama3", "yarn"):
+        raise ValueError(
+            f"the target's RoPE type {kind!r} changes with the sequence length; a draft's layer supports "
+            "default, linear, llama3 and yarn"
+        )
+    nested = "full_attention" in config.rope_parameters
+    options = {"layer_type": "full_attention"} if nested else {}
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **options)
+    return inv_freq.float(), float(factor)
+
+
+def _eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a generation, from the generation config, the config and the tokenizer."""
+    found: set[int] = set()
+    for value in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
+        if isinstance(value, int):
+            found.add(value)
+        elif value is not None:
+            found.update(int(v) for v in value)
+    if not found:
+        raise ValueError(f"{tokenizer.name_or_path}: neither the model nor the tokenizer names an end-of-text token")
+    return tuple(sorted(found))
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> set[int]:
+    return {i for i in tokenizer.all_special_ids if i < vocab_size}

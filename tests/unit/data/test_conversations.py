@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from lkspec.data import conversations as module
+from lkspec.data.conversations import Conversation, Message, parse_row, read_conversations
+
+GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+PAIR = (Message("user", "Hi"), Message("assistant", "Hello."))
+
+
+def write_rows(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        (GOOD, PAIR),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}, PAIR),
+        ({"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello."}]}, PAIR),
+        (
+            {"conversations": [{"from": "system", "value": "S"}, *({"from": r, "value": "x"} for r in ("human", "gpt"))]},
+            (Message("system", "S"), Message("user", "x"), Message("assistant", "x")),
+        ),
+        ({"conversation": [{"content": "Hi"}], "generated_message": {"content": "Hello."}}, PAIR),
+        (
+            # The second message is the original answer, which the target's own one replaces.
+            {
+                "conversation": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "old"}],
+                "generated_message": {"role": "assistant", "content": "Hello."},
+            },
+            PAIR,
+        ),
+    ],
+)
+def test_every_format_gives_the_same_messages(row, messages):
+    assert parse_row(row, default_id="f:1") == Conversation("f:1", messages, None)
+
+
+def test_formats_are_told_apart_row_by_row_and_other_fields_are_kept(tmp_path):
+    rows = [
+        {**GOOD, "id": "a", "temperature": 0},
+        {
+            "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}],
+            "question_id": 7,
+            "temperature": 0.7,
+            "finish_reason": "length",
+        },
+        {**GOOD, "id": None, "temperature": None},
+    ]
+    read = read_conversations(write_rows(tmp_path / "mixed.jsonl", rows)).conversations
+    assert [(c.id, c.temperature) for c in read] == [("a", 0.0), ("7", 0.7), ("mixed:3", None)]
+    assert [c.messages[-1].finish_reason for c in read] == [None, "length", None]
+
+
+def user(content="Hi"):
+    return {"role": "user", "content": content}
+
+
+def answer(content="Hello.", **extra):
+    return {"role": "assistant", "content": content, **extra}
+
+
+BAD_ROWS = [
+    ("{not json", "invalid JSON"),
+    ("[1, 2]", "expected a JSON object, got list"),
+    ({"text": "x"}, "expected one of the fields 'messages', 'conversations' or .* the row has \\['text'\\]"),
+    ({"messages": []}, "expected 'messages' to be a non-empty list"),
+    ({"messages": [user(), {"role": "assistant"}]}, r"messages\[1\]: expected an object with 'role' and 'content'"),
+    ({"conversations": [{"from": "human"}]}, r"conversations\[0\]: expected an object with 'from' and 'value'"),
+    ({"messages": [user(), answer("  \n")]}, r"messages\[1\]: empty content"),
+    ({"messages": [user(), answer(None)]}, r"messages\[1\]: empty content"),
+    ({"messages": [user([{"type": "text"}]), answer()]}, r"messages\[0\]: expected the content to be text, got list"),
+    ({"messages": [user("\ud800"), answer()]}, r"messages\[0\]: a lone surrogate"),
+    ({"messages": [user(), {"role": "tool", "content": "x"}]}, r"messages\[1\]: unknown role 'tool'"),
+    ({"messages": [user()]}, "no assistant message"),
+    ({"messages": [answer(), user()]}, "roles must alternate .* got assistant, user"),
+    ({"messages": [user(), user(), answer()]}, "roles must alternate .* got user, user, assistant"),
+    ({"messages": [user(), {"role": "system", "content": "S"}, answer()]}, "roles must alternate"),
+    ({**GOOD, "id": ["x"]}, "expected the id to be a text or a whole number"),
+    ({**GOOD, "temperature": "hot"}, "expected the temperature to be a number >= 0, got 'hot'"),
+    ({**GOOD, "temperature": -1}, "expected the temperature to be a number >= 0, got -1"),
+    ({**GOOD, "finish_reason": "abort"}, "unknown finish_reason 'abort'"),
+    (
+        {"messages": [user(), answer(finish_reason="length"), user(), answer()]},
+        "finish_reason 'length' is only possible for the last message",
+    ),
+    ({"conversation": [user()] * 3, "generated_message": answer()}, "hold one prompt"),
+    ({"conversation": [answer()], "generated_message": answer()}, "expected the user's prompt, got the role 'assist"),
+    ({"conversation": [user()], "generated_message": "text"}, "expected 'generated_message' to be an object"),
+    ({"conversation": [user()], "generated_message": {"content": ""}}, "generated_message: empty content"),
+    ({**GOOD, "id": "first"}, "the id 'first' was already used at .*bad.jsonl:1"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD_ROWS, ids=lambda value: value[:30] if isinstance(value, str) else "row")
+def test_a_bad_row_is_an_error_with_file_line_and_reason(tmp_path, row, reason):
+    path = write_rows(tmp_path / "bad.jsonl", [{**GOOD, "id": "first"}, "", row])
+    with pytest.raises(ValueError, match=rf"bad\.jsonl:3: .*{reason}"):
+        read_conversations(path)
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD_ROWS, ids=lambda value: value[:30] if isinstance(value, str) else "row")
+def test_a_bad_row_can_be_skipped_counted_and_reported(tmp_path, caplog, row, reason):
+    path = write_rows(tmp_path / "bad.jsonl", [{**GOOD, "id": "first"}, row, {**GOOD, "id": "last"}])
+    with caplog.at_level(logging.WARNING):
+        read = read_conversations(path, on_bad_row="skip")
+    assert [c.id for c in read.conversations] == ["first", "last"]
+    assert read.bad_rows.count == 1
+    assert len(read.bad_rows.reasons) == 1
+    assert "bad.jsonl:2" in caplog.text
+
+
+def test_a_line_that_is_not_utf8_is_a_bad_row(tmp_path):
+    path = tmp_path / "bytes.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b'\n{"messages": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"bytes\.jsonl:2: invalid JSON"):
+        read_conversations(str(path))
+
+
+def test_only_the_first_reasons_are_kept_but_all_rows_counted(tmp_path):
+    path = write_rows(tmp_path / "x.jsonl", [*["[]"] * 20, GOOD])
+    read = read_conversations(path, on_bad_row="skip")
+    assert read.bad_rows.count == 20
+    assert len(read.bad_rows.reasons) == 5
+
+
+def test_a_folder_is_read_in_the_order_of_names_and_ids_are_unique_over_its_files(tmp_path):
+    write_rows(tmp_path / "b.jsonl", [GOOD])
+    write_rows(tmp_path / "a.jsonl", [GOOD, GOOD])
+    (tmp_path / "notes.txt").write_text("not data")
+    assert [c.id for c in read_conversations(str(tmp_path)).conversations] == ["a:1", "a:2", "b:1"]
+    write_rows(tmp_path / "c.jsonl", [{**GOOD, "id": "a:2"}])
+    with pytest.raises(ValueError, match=r"c\.jsonl:1: the id 'a:2' was already used at .*a\.jsonl:2"):
+        read_conversations(str(tmp_path))
+
+
+def test_limit_counts_usable_conversations_and_stops_reading(tmp_path):
+    path = write_rows(tmp_path / "x.jsonl", ["[]", GOOD, GOOD, GOOD, "{never read"])
+    read = read_conversations(path, on_bad_row="skip", limit=2)
+    assert [c.id for c in read.conversations] == ["x:2", "x:3"]
+    assert read.bad_rows.count == 1
+    with pytest.raises(ValueError, match="data.limit_conversations"):
+        read_conversations(path, limit=0)
+
+
+def test_nothing_usable_is_an_error_that_says_why(tmp_path):
+    empty = write_rows(tmp_path / "empty.jsonl", [])
+    with pytest.raises(ValueError, match=r"empty\.jsonl: expected at least one conversation"):
+        read_conversations(empty)
+    with pytest.raises(ValueError, match="1 bad rows left out\n.*no assistant message"):
+        read_conversations(write_rows(tmp_path / "b.jsonl", [{"messages": [user()]}]), on_bad_row="skip")
+    with pytest.raises(ValueError, match="expected a folder with .jsonl files"):
+        (tmp_path / "folder").mkdir()
+        read_conversations(str(tmp_path / "folder"))
+
+
+@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "/no/such/folder", "~/no_such_folder_of_lkspec"])
+def test_a_missing_local_path_never_asks_the_hub(path, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(ValueError, match="found nothing there"):
+        read_conversations(path)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "rows.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"expected a \.jsonl file"):
+        read_conversations(str(tmp_path / "rows.json"))
+
+
+def test_a_hub_data_set_is_read_by_its_id_and_split(monkeypatch):
+    calls = []
+
+    def load_dataset(path, *, split):
+        calls.append((path, split))
+        return [{"conversation": [{"content": "Hi"}], "generated_message": {"content": "Hello."}}, {**GOOD, "id": "b"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    read = read_conversations("someone/answers", split="test").conversations
+    assert calls == [("someone/answers", "test")]
+    assert [(c.id, c.messages) for c in read] == [("row:1", PAIR), ("b", PAIR)]
+
+
+@pytest.mark.parametrize("error", [ConnectionError("offline\nlong story"), ValueError('Unknown split "train".')])
+def test_a_hub_error_says_what_was_expected(monkeypatch, error):
+    def load_dataset(*_, **__):
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="someone/answers: expected a .jsonl file, a folder .* hub data set") as caught:
+        read_conversations("someone/answers")
+    assert str(error).splitlines()[0] in str(caught.value)
+    assert "long story" not in str(caught.value)
+
+
+def test_on_bad_row_is_checked(tmp_path):
+    with pytest.raises(ValueError, match="data.on_bad_row: expected 'error' or 'skip', got 'ignore'"):
+        read_conversations(write_rows(tmp_path / "x.jsonl", [GOOD]), on_bad_row="ignore")
+
+
+def test_embedded_paths_name_packaged_files(tmp_path, monkeypatch):
+    (tmp_path / "embedded").mkdir()
+    write_rows(tmp_path / "embedded" / "train.jsonl", [GOOD])
+    monkeypatch.setattr(module.importlib.resources, "files", lambda package: {"lkspec.data": tmp_path}[package])
+    assert read_conversations("embedded:train.jsonl").conversations == [Conversation("train:1", PAIR)]
+    with pytest.raises(ValueError, match="no such packaged data set; there are: train.jsonl"):
+        read_conversations("embedded:other.jsonl")
+
+
+def test_tiny_conversations_are_the_same_every_time_and_nested():
+    many, few = (read_conversations(f"tiny:{n}").conversations for n in (64, 8))
+    assert many == read_conversations("tiny:64").conversations
+    assert many[:8] == few
+    assert len(many) == 64
+    answers = [m.content for c in many for m in c.messages if m.role == "assistant"]
+    assert all(40 <= len(text) <= 80 for text in answers)
+    assert len(set(answers)) > 50
+    assert {len(c.messages) for c in many} == {2, 4}
+    assert {c.temperature for c in many} == {None}
+    with pytest.raises(ValueError, match="expected tiny:<number of conversations>"):
+        read_conversations("tiny:many")

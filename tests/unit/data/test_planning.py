@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from itertools import chain
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lkspec.data.planning import pack_rows, plan_batches, plan_evaluation
+
+lengths_lists = st.lists(st.integers(1, 200), min_size=1, max_size=60)
+
+
+def members(batches):
+    return sorted(chain.from_iterable(chain.from_iterable(batches)))
+
+
+@given(lengths=lengths_lists, max_tokens=st.integers(200, 700), seed=st.integers(0, 3), pack=st.booleans())
+def test_every_epoch_holds_each_conversation_once_within_the_area(lengths, max_tokens, seed, pack):
+    counts = set()
+    for epoch in range(3):
+        batches = plan_batches(
+            lengths, max_tokens=max_tokens, seed=seed, epoch=epoch, pack=pack, max_length=200 if pack else None
+        )
+        assert members(batches) == list(range(len(lengths)))
+        for batch in batches:
+            widths = [sum(lengths[index] for index in row) for row in batch]
+            assert len(widths) * max(widths) <= max_tokens
+            assert pack or all(len(row) == 1 for row in batch)
+            assert not pack or max(widths) <= 200
+        counts.add(len(batches))
+    assert len(counts) == 1  # schedules rely on it
+
+
+@given(lengths=lengths_lists, seed=st.integers(0, 3), epoch=st.integers(0, 3), pack=st.booleans())
+def test_the_plan_is_a_function_of_seed_and_epoch(lengths, seed, epoch, pack):
+    plans = [plan_batches(lengths, max_tokens=400, seed=seed, epoch=epoch, pack=pack) for _ in range(2)]
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_order_and_company_change_with_the_epoch_and_the_seed(pack):
+    lengths = [40 + i % 3 for i in range(64)]
+    plans = [
+        plan_batches(lengths, max_tokens=200, seed=seed, epoch=epoch, pack=pack, max_length=90)
+        for seed, epoch in [(0, 0), (0, 1), (1, 0)]
+    ]
+    company = [{frozenset(chain.from_iterable(batch)) for batch in plan} for plan in plans]
+    assert company[0] != company[1]
+    assert company[0] != company[2]
+
+
+def test_similar_lengths_meet_so_that_little_is_padded():
+    lengths = [10, 1000] * 50
+    batches = plan_batches(lengths, max_tokens=4000, seed=0, epoch=0)
+    padded = sum(len(batch) * max(lengths[row[0]] for row in batch) for batch in batches)
+    assert padded <= 1.1 * sum(lengths)
+
+
+def test_a_conversation_that_just_fits_is_alone():
+    assert sorted(plan_batches([97, 97], max_tokens=97, seed=0, epoch=0)) == [[(0,)], [(1,)]]
+
+
+def test_too_long_conversations_say_what_to_set():
+    with pytest.raises(ValueError, match="set data.max_tokens to at least 101, or data.max_length to at most 100"):
+        plan_batches([5, 101], max_tokens=100, seed=0, epoch=0)
+    with pytest.raises(ValueError, match="data.max_length=200 need data.max_tokens >= 200"):
+        plan_batches([5], max_tokens=100, seed=0, epoch=0, pack=True, max_length=200)
+    with pytest.raises(ValueError, match="packed rows hold data.max_length=50"):
+        plan_batches([51], max_tokens=100, seed=0, epoch=0, pack=True, max_length=50)
+
+
+@given(lengths=lengths_lists)
+def test_packing_is_never_worse_than_first_fit_needs_to_be(lengths):
+    """Any-fit packing leaves at most one row half empty, so fewer than 2 * total / capacity + 1 rows."""
+    rows = pack_rows(lengths, max_length=200)
+    assert sorted(chain.from_iterable(rows)) == list(range(len(lengths)))
+    fills = sorted(sum(lengths[index] for index in row) for row in rows)
+    assert max(fills) <= 200
+    assert sum(fill <= 100 for fill in fills) <= 1
+
+
+def test_packing_by_hand():
+    # 7 opens a row, 6 another, 4 fits beside 6 exactly, 3 beside 7, 2 opens a third.
+    assert pack_rows([3, 7, 2, 6, 4], max_length=10) == [(1, 0), (3, 4), (2,)]
+
+
+@given(lengths=lengths_lists, num_replicas=st.integers(1, 5))
+def test_evaluation_sees_every_conversation_once_over_ranks_of_equal_length(lengths, num_replicas):
+    plans = [
+        plan_evaluation(lengths, max_tokens=300, num_replicas=num_replicas, rank=rank) for rank in range(num_replicas)
+    ]
+    assert len({len(plan) for plan in plans}) == 1
+    steps = list(chain.from_iterable(plans))
+    assert all(len(step) == 1 for step in steps)
+    batches = [step[0] for step in steps]
+    assert members(batches) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) * max(sum(lengths[index] for index in row) for row in batch) <= 300
+    assert sum(batch == [()] for batch in batches) < num_replicas
