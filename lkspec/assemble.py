@@ -9,11 +9,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from lkspec.benchmarks.base import Benchmark
-from lkspec.config import instantiate
+from lkspec.config import instantiate, resolved
 from lkspec.data.datamodule import SpeculatorDataModule
 from lkspec.drafts.base import Draft
 from lkspec.module import CHECKPOINT_KEY
 from lkspec.results import RunFolder
+from lkspec.suite import RunFacts
 from lkspec.targets.base import Target
 from lkspec.vocab import DraftVocab, default_size
 
@@ -35,7 +36,7 @@ def build_vocab(size: int | str | None, target: Target, data: SpeculatorDataModu
 
 def build_draft(config: DictConfig, target: Target, vocab: DraftVocab) -> Draft:
     """The draft of a configuration, on the target's device."""
-    draft: Draft = instantiate(config, spec=target.spec, vocab=vocab)
+    draft: Draft = instantiate(config, target.spec, vocab)
     return draft.to(target.device)
 
 
@@ -53,6 +54,7 @@ class TrainedRun:
     target: Target
     draft: Draft
     info: dict[str, Any]
+    step: int
 
 
 def load_run(folder: RunFolder, *, device: str | None = None, dtype: str | None = None) -> TrainedRun:
@@ -85,4 +87,21 @@ def load_run(folder: RunFolder, *, device: str | None = None, dtype: str | None 
         draft.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{path}: does not fit the draft of the run's configuration: {error}") from error
-    return TrainedRun(folder, config, target, draft.eval(), info)
+    return TrainedRun(folder, config, target, draft.eval(), info, step=checkpoint["global_step"])
+
+
+def run_facts(config: DictConfig, folder: RunFolder, target: Target, info: dict[str, Any]) -> RunFacts:
+    """What results rows say of a run; ``info`` holds the data's fingerprint."""
+    arguments = {key: value for key, value in resolved(config.loss).items() if key != "_target_"}
+    return RunFacts(
+        folder=folder,
+        draft=config.names.draft,
+        loss=config.names.loss,
+        loss_arguments=arguments,
+        target=target.name,
+        target_settings={"dtype": str(target.dtype), "attn_implementation": target.attn_implementation},
+        data_fingerprint=info["data_fingerprint"],
+        seed=config.seed,
+        eta=arguments.get("eta"),
+        eta_source=config.eta_source,
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -41,8 +42,16 @@ class WorkingDirectorySearchPath(SearchPathPlugin):
             search_path.append(provider="working-directory", path=f"file://{local}")
 
 
-def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """Makes a Hydra application of a function, with ``./conf`` searched and user errors printed in one line."""
+_FIXED_BY_RUN = re.compile(r"[+~]*(draft|target|vocab|data|loss)\b(?!_)")
+
+
+def entry_point(
+    config_name: str, *, fixed_by_run: bool = False
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Makes a Hydra application of a function, with ``./conf`` searched and user errors printed in one line.
+
+    ``fixed_by_run``: the application reads a finished run, whose draft, target, vocabulary, data and loss are given.
+    """
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @functools.wraps(function)
@@ -57,6 +66,8 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
         def main() -> None:
             sys.path.insert(0, os.getcwd())
             Plugins.instance().register(WorkingDirectorySearchPath)
+            if fixed_by_run:
+                _refuse_fixed(sys.argv[1:])
             hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(task)()
 
         return main
@@ -64,9 +75,25 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
     return decorate
 
 
-def instantiate(config: DictConfig, **arguments: Any) -> Any:
-    """Hydra's instantiate, with plain lists and dicts for the classes it builds."""
-    return hydra.utils.instantiate(config, _convert_="all", **arguments)
+def _refuse_fixed(arguments: list[str]) -> None:
+    for argument in arguments:
+        if "=" in argument and (match := _FIXED_BY_RUN.match(argument.partition("=")[0])):
+            print(
+                f"Error: {argument}: the {match[1]} of a finished run is the one it was trained with and cannot be "
+                "overridden; train another run, or leave it out (device=... and dtype=... may be set)",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+
+
+def instantiate(config: DictConfig, *arguments: Any, **named: Any) -> Any:
+    """Hydra's instantiate, with plain lists and dicts for the classes it builds.
+
+    Objects are given to a partial: Hydra would take dataclasses among them for configurations.
+    """
+    if not arguments and not named:
+        return hydra.utils.instantiate(config, _convert_="all")
+    return hydra.utils.instantiate(config, _convert_="all", _partial_=True)(*arguments, **named)
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
@@ -76,6 +103,18 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
+def flat_settings(config: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Nested settings as ``a/b`` -> scalar, for loggers' hyper-parameter tables."""
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= flat_settings(value, f"{name}/")
+        elif value is not None:
+            flat[name] = value if isinstance(value, bool | int | float) else str(value)
+    return flat
+
+
 def quiet_libraries() -> None:
     """Hides progress bars and notices of libraries that say nothing about the user's run."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -83,6 +122,7 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated.*")
 
 

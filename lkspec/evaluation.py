@@ -174,7 +174,7 @@ class _Clock:
 def _request(
     target: Target, benchmark: Benchmark, prompt: BenchmarkPrompt, turn: int, answers: Sequence[str]
 ) -> Request:
-    system = [{"role": "system", "content": benchmark.system_prompt}] if benchmark.system_prompt else []
+    system = [{"role": "system", "content": prompt.system_prompt}] if prompt.system_prompt else []
     earlier = [
         message
         for question, answer in zip(prompt.turns, answers, strict=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from lkspec.config import entry_point, instantiate, resolved
 from lkspec.data.generation import (
+    AnswerFilter,
     Prompt,
     PromptFilter,
     ResumableJsonl,
@@ -64,21 +66,29 @@ def _answer(options: dict[str, Any], target: Target, decoder: ChainDecoder, out:
     ]
     with _progress(len(prompts), len(done)) as advance:
         for completion in decoder.run(requests):
-            out.append(_row(waiting[completion.request.prompt_id], completion, target, options["temperature"]))
+            out.append(_row(waiting[completion.request.prompt_id], completion, target, options))
             advance(len(completion.tokens))
     order = {prompt.id: index for index, prompt in enumerate(prompts)}
-    out.finish(lambda row: order[row["id"]])
+    keep = AnswerFilter(tuple(target.tokenizer.all_special_tokens))
+    out.finish(lambda row: order[row["id"]], keep)
+    _report_dropped(keep.dropped)
 
 
-def _row(prompt: Prompt, completion: Completion, target: Target, temperature: float) -> dict[str, Any]:
+def _row(prompt: Prompt, completion: Completion, target: Target, options: dict[str, Any]) -> dict[str, Any]:
     answer = {"role": "assistant", "content": completion_text(completion, target)}
-    return {
+    row = {
         "id": prompt.id,
         "messages": [*prompt.messages, answer],
-        "temperature": temperature,
+        "temperature": options["temperature"],
         "finish_reason": completion.finish_reason,
         "num_tokens": len(completion.tokens),
     }
+    # At T > 0 a target now and then spells a text in other tokens than its tokenizer would.
+    return {**row, "token_ids": list(completion.tokens)} if options["token_ids"] else row
+
+
+def _report_dropped(dropped: Counter[str]) -> None:
+    console.print("dropped: " + (", ".join(f"{count} {why}" for why, count in sorted(dropped.items())) or "none"))
 
 
 def completion_text(completion: Completion, target: Target) -> str:
@@ -105,8 +115,8 @@ def _write_prompts(config: DictConfig, target: Target, decoder: ChainDecoder, ou
                     number = int(completion.request.prompt_id)
                     out.append({"id": f"magpie-{config.seed}-{number:06d}", "attempt": number, "prompt": text})
                     advance(len(completion.tokens))
-    out.finish(lambda row: row["attempt"])
-    console.print("dropped: " + (", ".join(f"{n} {why}" for why, n in sorted(keep.dropped.items())) or "none"))
+    out.finish(lambda row: row["attempt"], keep=lambda row: True)
+    _report_dropped(keep.dropped)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The only reader and writer of run folders and results rows.
+"""The only reader and writer of run folders (the rows of their tables: ``result_rows.py``).
 
 A run folder, ``<root>/<draft>-<loss>-<target>-s<seed>-<hash8>/``::
 
@@ -9,116 +9,44 @@ A run folder, ``<root>/<draft>-<loss>-<target>-s<seed>-<hash8>/``::
     tb/             TensorBoard
     metrics.json    the last value of every metric
     rounds.parquet  one row a round
-    results.csv     one row a benchmark x temperature x num_draft_tokens x engine x protocol
+    results.csv     one row a benchmark x temperature x num_draft_tokens x engine x protocol x training steps
 
 Every file is replaced atomically: a crash leaves the old one. Only one process writes a run folder.
 """
 
 from __future__ import annotations
 
-import csv
-import functools
 import hashlib
 import json
 import math
-import operator
 import re
+import shutil
 import subprocess
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+    SCALARS,
+    EventAccumulator,
+)
 
-from lkspec.files import atomic_path, write_text
+from lkspec.files import write_text
+from lkspec.result_rows import (
+    ResultRow,
+    RoundRow,
+    content_hash,
+    read_result_rows,
+    read_rounds,
+    replace_rounds,
+    write_result_rows,
+)
 
 _PACKAGE = Path(__file__).parent
 _LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # also a Hydra value that needs no quotes
-
-
-@dataclass(frozen=True)
-class RoundRow:
-    """One verification of ``num_draft_tokens`` drafted tokens; the last three fields are those of ``types.Round``."""
-
-    benchmark: str
-    prompt_id: str
-    turn: int
-    temperature: float
-    num_draft_tokens: int
-    engine: str
-    round: int
-    position: int
-    accepted: int
-    past_end: bool
-
-    @property
-    def key(self) -> tuple[str, float, int, str]:
-        """Rows with the same key are replaced together."""
-        return self.benchmark, self.temperature, self.num_draft_tokens, self.engine
-
-
-@dataclass(frozen=True)
-class ResultRow:
-    """One measurement of a run.
-
-    Attributes:
-        loss_args: the objective's arguments, JSON.
-        data_fingerprint: of the training data.
-        supervised_tokens: training tokens seen that were supervised, over all epochs.
-        steps: optimiser steps taken.
-        engine: what decoded (``lkspec``, or the name of a serving engine).
-        tau, low, high: acceptance length and its interval.
-        alpha: [K], the share of the rounds with at least k accepted tokens; columns alpha_1 .. alpha_K, and
-            ``tau = 1 + sum``.
-        walk_tau: the acceptance length estimated without decoding.
-        speedup: tokens_per_second over those of the target alone.
-        eta, eta_source: the adaptive weight's eta and who chose it.
-        protocol: everything else that tau depends on (filters, limits, templates, number of prompts), JSON.
-    """
-
-    run: str
-    commit: str
-    code_hash: str
-    draft: str
-    loss: str
-    loss_args: str
-    target: str
-    data_fingerprint: str
-    seed: int
-    supervised_tokens: int
-    steps: int
-    benchmark: str
-    temperature: float
-    num_draft_tokens: int
-    engine: str
-    tau: float
-    low: float
-    high: float
-    alpha: tuple[float, ...]
-    walk_tau: float | None
-    tokens_per_second: float | None
-    speedup: float | None
-    num_prompts: int
-    eta: float | None
-    eta_source: str | None
-    protocol: str
-
-    @property
-    def key(self) -> tuple[str, float, int, str, str]:
-        """A run holds one row a key; the protocol counts by its content, not by its spelling."""
-        protocol = content_hash(json.loads(self.protocol))
-        return self.benchmark, self.temperature, self.num_draft_tokens, self.engine, protocol
-
-
-def content_hash(content: Any) -> str:
-    """First 8 hex digits of the sha256 of plain data in canonical JSON (sorted keys, no spaces)."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def run_name(
@@ -132,7 +60,7 @@ def run_name(
         config: the resolved configuration.
         ignore: dotted keys (``trainer.devices``, ``logger``) that concern only the machine or the output.
     """
-    names = (re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "unnamed" for name in (draft, loss, target))
+    names = (re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("._-") or "unnamed" for name in (draft, loss, target))
     return "-".join([*names, f"s{seed}", content_hash(_without(config, ignore))])
 
 
@@ -148,7 +76,9 @@ def code_hash(package: Path = _PACKAGE) -> str:
     """sha256 over the names and contents of a package's ``.py`` files."""
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py"), key=lambda file: file.relative_to(package).as_posix()):
-        digest.update(f"{file.relative_to(package).as_posix()}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        digest.update(
+            f"{file.relative_to(package).as_posix()}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode()
+        )
     return digest.hexdigest()
 
 
@@ -171,10 +101,14 @@ class RunFolder:
         run = cls(Path(root) / name)
         if held := run._worth_keeping():
             raise ValueError(
-                f"{run.path} already holds this run ({held.name}): continue it with resume=true, "
-                f"take another seed, or remove the folder"
+                f"{run.path} already holds this run ({held.name}): continue it with resume={name}, start it again "
+                f"with on_existing=replace, take another seed, or remove the folder"
             )
-        origin = {**_git_state(), "code_hash": code_hash(), "created": datetime.now(UTC).isoformat()}
+        origin = {
+            **_git_state(),
+            "code_hash": code_hash(),
+            "created": datetime.now(UTC).isoformat(timespec="microseconds"),
+        }
         run.checkpoints_dir.mkdir(parents=True, exist_ok=True)
         write_text(run.path / "overrides.txt", "".join(f"{override}\n" for override in overrides))
         write_text(run.path / "git.txt", "".join(f"{key}: {value}\n" for key, value in origin.items()))
@@ -194,8 +128,9 @@ class RunFolder:
         return run
 
     def _worth_keeping(self) -> Path | None:
+        """A checkpoint or a result, if there is any."""
         results = (self._metrics_file, self._rounds_file, self.results_file)
-        return self.last_checkpoint or next((file for file in results if file.is_file()), None)
+        return next((file for file in [*self.checkpoints_dir.glob("*.ckpt"), *results] if file.exists()), None)
 
     @property
     def name(self) -> str:
@@ -229,6 +164,34 @@ class RunFolder:
     @property
     def results_file(self) -> Path:
         return self.path / "results.csv"
+
+    @property
+    def figures_dir(self) -> Path:
+        """Where pictures go."""
+        return self.path / "figures"
+
+    @property
+    def has_results(self) -> bool:
+        """Whether the run got as far as a checkpoint or a result: what ``create`` does not overwrite."""
+        return self._worth_keeping() is not None
+
+    def remove(self) -> None:
+        """Deletes the folder with everything in it."""
+        shutil.rmtree(self.path)
+
+    def read_depth_history(self, prefix: str) -> list[tuple[int, list[float]]]:
+        """(step, [value at depth 1..K]) of the TensorBoard scalars ``<prefix>/depth_<k>``; empty without any."""
+        if not self.tb_dir.is_dir():  # another logger, or none
+            return []
+        events = EventAccumulator(str(self.tb_dir), size_guidance={SCALARS: 0})
+        events.Reload()
+        tags = sorted(
+            (tag for tag in events.Tags()["scalars"] if tag.startswith(f"{prefix}/depth_")),
+            key=lambda tag: int(tag.rpartition("_")[2]),
+        )
+        series = [{event.step: event.value for event in events.Scalars(tag)} for tag in tags]
+        steps = sorted(set.intersection(*(set(values) for values in series))) if series else []
+        return [(step, [values[step] for values in series]) for step in steps]
 
     @property
     def _config_file(self) -> Path:
@@ -266,62 +229,78 @@ class RunFolder:
         return json.loads(self._metrics_file.read_text(encoding="utf-8")) if self._metrics_file.is_file() else {}
 
     def write_rounds(self, rows: Iterable[RoundRow]) -> None:
-        """Adds rows to rounds.parquet in place of those with a key that is among the new ones."""
-        new = list(rows)
-        table = pa.Table.from_pylist([asdict(row) for row in new], schema=_ROUND_SCHEMA)
-        if self._rounds_file.is_file() and new:
-            old = pq.read_table(self._rounds_file)
-            table = pa.concat_tables([old.filter(pc.invert(_with_keys(old, {row.key for row in new}))), table])
-        if new:
-            with atomic_path(self._rounds_file) as temporary:
-                pq.write_table(table, temporary)
+        """Adds rows to rounds.parquet in place of those with the same benchmark, temperature, K and engine."""
+        replace_rounds(self._rounds_file, list(rows))
 
     def read_rounds(self) -> list[RoundRow]:
         """All rounds; none before the first write."""
-        if not self._rounds_file.is_file():
-            return []
-        return [RoundRow(**row) for row in pq.read_table(self._rounds_file).to_pylist()]
+        return read_rounds(self._rounds_file) if self._rounds_file.is_file() else []
 
     def write_results(self, rows: Iterable[ResultRow]) -> None:
-        """Adds rows to results.csv in place of those with the same key."""
-        new = list(rows)
-        replaced = {row.key for row in new}
-        write_result_rows(self.results_file, [*(row for row in self.read_results() if row.key not in replaced), *new])
+        """Adds rows to results.csv in place of those with the same key (setting, protocol and training steps)."""
+        merged = {row.key: row for row in [*self.read_results(), *rows]}
+        write_result_rows(self.results_file, list(merged.values()))
 
     def read_results(self) -> list[ResultRow]:
         """The rows of results.csv; none before the first write."""
         return read_result_rows(self.results_file) if self.results_file.is_file() else []
 
 
-def write_result_rows(path: Path, rows: Sequence[ResultRow]) -> None:
-    """Writes a results.csv; floats read back exactly, None is an empty cell, alpha_k has as many columns as needed."""
-    num_alpha = max((len(row.alpha) for row in rows), default=0)
-    header: list[str] = []
-    for field in fields(ResultRow):
-        header += [f"alpha_{k}" for k in range(1, num_alpha + 1)] if field.name == "alpha" else [field.name]
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, header, restval="", lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            cells = {field.name: getattr(row, field.name) for field in fields(row) if field.name != "alpha"}
-            cells |= {f"alpha_{k}": value for k, value in enumerate(row.alpha, start=1)}
-            writer.writerow({name: _cell(value) for name, value in cells.items()})
+def list_runs(root: Path) -> list[RunFolder]:
+    """The runs directly under a folder, newest first by the creation time they record."""
+    runs = [RunFolder(file.parent) for file in Path(root).glob("*/config.yaml")]
+    return sorted(runs, key=lambda run: (run.origin.get("created", ""), run.name), reverse=True)
 
 
-def read_result_rows(path: Path) -> list[ResultRow]:
-    """Reads a results.csv, typed.
+def find_run(name: str, root: Path) -> RunFolder:
+    """The run that a user means by ``latest``, by a path, or by the beginning of a folder's name.
 
     Raises:
-        ValueError: a column is missing or unknown, or a cell is not of its column's type (file, line and column).
+        ValueError: nothing or more than one run fits; the message lists what there is.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        header = reader.fieldnames or []
-        expected = {field.name for field in fields(ResultRow)} - {"alpha"}
-        given = {name for name in header if not name.startswith("alpha_")}
-        if given != expected:
-            raise ValueError(
-                f"{path}: expected the columns of a results row; missing {sorted(expected - given) or 'none'}, "
-                f"unknown {sorted(given - expected) or 'none'}: it was written by another version of lkspec"
-            )
-        return [_parse_row(row, f"{path}:{reader.line_num}") for row in reader]
+    runs = list_runs(root)
+    if name == "latest" and runs:
+        return runs[0]
+    if (Path(name).expanduser() / "config.yaml").is_file():
+        return RunFolder.open(Path(name).expanduser())
+    if not runs:
+        raise ValueError(f"run {name!r}: there are no runs under {root} and it is not the path of one; train one first")
+    fitting = [run for run in runs if run.name == name] or [run for run in runs if run.name.startswith(name)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise ValueError(f"run {name!r} is the beginning of {len(fitting)} names; say more of one:{_listing(fitting)}")
+    raise ValueError(
+        f"run {name!r}: expected 'latest', a path or the beginning of a name; the newest are:{_listing(runs)}"
+    )
+
+
+def read_results(root: Path) -> list[ResultRow]:
+    """The results rows of all runs under a folder, oldest run first."""
+    return [row for run in reversed(list_runs(root)) for row in run.read_results()]
+
+
+def _listing(runs: Sequence[RunFolder]) -> str:
+    return "".join(f"\n  {run.name}" for run in runs[:5]) + ("\n  ..." if len(runs) > 5 else "")
+
+
+def _git_state() -> dict[str, str]:
+    """Commit and uncommitted changes of the package, ``none`` when it does not run from a git checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(_PACKAGE), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        # An installed package may lie inside somebody else's checkout: only a tracked one has a commit of its own.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": "yes" if git("status", "--porcelain", "--", ".") else "no"}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": "none", "dirty": "none"}
+
+
+def _checkpoint_order(file: Path) -> tuple[float, int] | None:
+    """(step, version); ``last`` comes after every step; None for other names, whose step is unknown."""
+    match = re.fullmatch(r"(?:last|.*step=(\d+).*?)(?:-v(\d+))?\.ckpt", file.name)
+    return (float(match[1] or "inf"), int(match[2] or 0)) if match else None

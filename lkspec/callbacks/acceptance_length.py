@@ -57,7 +57,7 @@ def measurement_scalars(measurement: Measurement) -> dict[str, Any]:
     from lkspec.metrics import acceptance_metrics
 
     setting = measurement.setting
-    metrics = acceptance_metrics(measurement.prompt_rounds(), setting.num_draft_tokens)
+    metrics = acceptance_metrics(measurement.prompt_rounds(), num_draft_tokens=setting.num_draft_tokens)
     prefix = f"eval/{measurement.benchmark}/T{setting.temperature:g}"
     return {
         f"{prefix}/acceptance_length": metrics.tau,

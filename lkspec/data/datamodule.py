@@ -168,15 +168,22 @@ class SpeculatorDataModule(LightningDataModule):
         )
         return StepLoader(store, sampler, num_workers=self.num_workers)
 
-    def val_dataloader(self) -> EvaluationLoader | list[EvaluationLoader]:
-        """Every validation conversation once over all ranks, in a fixed order, one batch a step."""
-        store = self.validation_set
-        if not len(store):
-            return []
-        steps = plan_evaluation(
-            store.lengths, max_tokens=self.max_tokens, num_replicas=self._num_replicas, rank=self._rank
-        )
-        return EvaluationLoader(store, steps, num_workers=self.num_workers)
+    @property
+    def val_temperatures(self) -> list[float | None]:
+        """Temperatures of the validation text, in the order of ``val_dataloader``; None is text of unknown origin."""
+        known = set(self.validation_set.temperatures)
+        return [*sorted(t for t in known if t is not None), *([None] if None in known else [])]
+
+    def val_dataloader(self) -> list[EvaluationLoader]:
+        """A loader a temperature: every conversation once over all ranks, in a fixed order, one batch a step."""
+        store, loaders = self.validation_set, []
+        for temperature in self.val_temperatures:
+            chosen = [index for index, known in enumerate(store.temperatures) if known == temperature]
+            steps = plan_evaluation(
+                store.lengths, chosen, max_tokens=self.max_tokens, num_replicas=self._num_replicas, rank=self._rank
+            )
+            loaders.append(EvaluationLoader(store, steps, num_workers=self.num_workers))
+        return loaders
 
     def val_conversations(self, temperature: float) -> list[Encoded]:
         """Validation conversations written at a temperature, or at an unknown one.

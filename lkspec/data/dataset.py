@@ -115,6 +115,8 @@ class StepSampler(Sampler[Step]):
         self.seed = seed
         self.epoch = 0
         self.step = 0
+        self._epoch_offset = 0  # our number of an epoch minus the one that set_epoch calls it
+        self._just_restored = False
         self._num_replicas, self._rank, self._accumulate = num_replicas, rank, accumulate
         num_batches = len(self._plan(0))
         self._num_steps = num_batches // (num_replicas * accumulate)
@@ -139,18 +141,29 @@ class StepSampler(Sampler[Step]):
 
     def advance(self) -> None:
         """Notes that one more step was consumed; after the last one of an epoch the next epoch begins."""
+        self._just_restored = False
         self.step += 1
         if self.step == self._num_steps:
             self.epoch, self.step = self.epoch + 1, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Goes to the start of an epoch, unless it is the current one."""
-        if epoch != self.epoch:
-            self.epoch, self.step = epoch, 0
+        if self._just_restored and self.step == 0:
+            # Resumed between two epochs, Lightning announces an epoch that takes no step: the old one (saved during
+            # its last validation) or, under max_steps, one more after it. Ours is the next to be read either way.
+            self._epoch_offset = self.epoch - epoch
+        elif epoch + self._epoch_offset != self.epoch:
+            self.epoch, self.step = epoch + self._epoch_offset, 0
 
     def state_dict(self) -> dict[str, int]:
         """Where the next step lies."""
-        return {"epoch": self.epoch, "step": self.step, "seed": self.seed, "num_steps": self._num_steps}
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "epoch_offset": self._epoch_offset,
+            "seed": self.seed,
+            "num_steps": self._num_steps,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes to a saved place."""
@@ -161,7 +174,8 @@ class StepSampler(Sampler[Step]):
                 f"the checkpoint stands inside an epoch of data with {given}, but now {expected}: resume with the same "
                 "data, data.seed, data.max_tokens, data.accumulate and number of devices"
             )
-        self.epoch, self.step = state["epoch"], state["step"]
+        self.epoch, self.step, self._epoch_offset = state["epoch"], state["step"], state["epoch_offset"]
+        self._just_restored = True
 
 
 class _MicroBatches(Dataset[Batch]):
@@ -172,18 +186,30 @@ class _MicroBatches(Dataset[Batch]):
         return collate([[self._store[index] for index in row] for row in batch])
 
 
-def _loader(store: EncodedStore, steps: Sampler[Step] | list[Step], num_workers: int) -> DataLoader[Batch]:
-    # One item of the data set is a micro-batch, made in the worker; the "batch" of the loader is the list of a step's.
-    return DataLoader(
-        _MicroBatches(store),
-        batch_sampler=steps,
-        collate_fn=list,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-    )
+class _WorkerLoader:
+    """Makes batches in worker processes."""
+
+    def __init__(self, store: EncodedStore, steps: Sampler[Step] | list[Step], num_workers: int) -> None:
+        # One item of the data set is a micro-batch, made in the worker; a "batch" of the loader is a step's list.
+        self._loader: DataLoader[Batch] = DataLoader(
+            _MicroBatches(store),
+            batch_sampler=steps,
+            collate_fn=list,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+        )
+
+    @property
+    def _iterator(self) -> Any:
+        """Where Lightning, at the end of a run, finds the workers that it stops (as in a DataLoader)."""
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, iterator: None) -> None:
+        self._loader._iterator = iterator
 
 
-class StepLoader:
+class StepLoader(_WorkerLoader):
     """Yields ``list[Batch]``, the micro-batches of one optimiser step on this rank.
 
     Its state counts the steps that the consumer received, not those that workers prepared ahead. Lightning finds
@@ -192,8 +218,8 @@ class StepLoader:
     """
 
     def __init__(self, store: EncodedStore, sampler: StepSampler, *, num_workers: int = 0) -> None:
+        super().__init__(store, sampler, num_workers)
         self.sampler = sampler
-        self._loader = _loader(store, sampler, num_workers)
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -216,11 +242,11 @@ class StepLoader:
         self.sampler.load_state_dict(state)
 
 
-class EvaluationLoader:
+class EvaluationLoader(_WorkerLoader):
     """Yields ``list[Batch]`` of length 1 in a fixed order (see ``plan_evaluation``)."""
 
     def __init__(self, store: EncodedStore, steps: list[Step], *, num_workers: int = 0) -> None:
-        self._loader = _loader(store, steps, num_workers)
+        super().__init__(store, steps, num_workers)
 
     def __len__(self) -> int:
         return len(self._loader)

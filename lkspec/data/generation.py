@@ -87,6 +87,24 @@ def bare_user_header(tokenizer: PreTrainedTokenizerBase, system: str | None) -> 
 
 
 @dataclass
+class AnswerFilter:
+    """Drops answers that do not survive being written as text: empty ones and ones that hold special tokens."""
+
+    special_tokens: tuple[str, ...]
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def __call__(self, row: dict[str, Any]) -> bool:
+        text = row["messages"][-1]["content"]
+        if not text.strip():
+            self.dropped["empty"] += 1
+        elif any(token in text for token in self.special_tokens):
+            self.dropped["with special tokens"] += 1
+        else:
+            return True
+        return False
+
+
+@dataclass
 class PromptFilter:
     """Drops prompts that are empty, cut off, loops, or repeat an earlier one; counts each reason."""
 
@@ -176,10 +194,11 @@ class ResumableJsonl:
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()
 
-    def finish(self, order: Callable[[dict[str, Any]], Any]) -> None:
-        """Writes the final file, sorted by ``order``."""
+    def finish(self, order: Callable[[dict[str, Any]], Any], keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Writes the final file: the rows to ``keep``, sorted by ``order``."""
         os.fsync(self._file.fileno())
         self._file.close()
-        lines = [json.dumps(row, ensure_ascii=False) for row in sorted(self.rows, key=order)]
+        self.rows = sorted(filter(keep, self.rows), key=order)
+        lines = [json.dumps(row, ensure_ascii=False) for row in self.rows]
         write_text(self.path, "\n".join(lines) + "\n")
         self.partial.unlink()

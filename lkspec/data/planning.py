@@ -73,7 +73,7 @@ def pack_rows(lengths: Sequence[int], *, max_length: int) -> list[Row]:
 
 
 def _group_by_length(lengths: Sequence[int], max_tokens: int, order: Sequence[int]) -> list[MicroBatch]:
-    """Cuts the conversations, sorted by rounded length and then by ``order``, into micro-batches.
+    """Cuts the conversations of ``order``, sorted by rounded length and then as they stand there, into micro-batches.
 
     Rounding makes the borders depend on the lengths alone, so that every order gives the same number of batches.
     """
@@ -92,13 +92,15 @@ def _rounded(length: int) -> int:
     return -(-length // step) * step
 
 
-def plan_evaluation(lengths: Sequence[int], *, max_tokens: int, num_replicas: int, rank: int) -> list[Step]:
-    """One micro-batch a step in a fixed order; over all ranks every conversation exactly once.
+def plan_evaluation(
+    lengths: Sequence[int], chosen: Sequence[int], *, max_tokens: int, num_replicas: int, rank: int
+) -> list[Step]:
+    """One micro-batch a step in a fixed order; over all ranks every chosen conversation exactly once.
 
     All ranks get the same number of steps, so that collective operations meet: a rank that runs out gets a micro-batch
     without any conversation.
     """
-    batches = _group_by_length(lengths, max_tokens, range(len(lengths)))
+    batches = _group_by_length(lengths, max_tokens, chosen)
     num_missing = -len(batches) % num_replicas
     empty: MicroBatch = [()]
     return [[batch] for batch in [*batches, *[empty] * num_missing][rank::num_replicas]]

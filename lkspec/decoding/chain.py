@@ -61,11 +61,6 @@ class _Row:
     rounds: list[tuple[int, int]] = field(default_factory=list)
     finish_reason: str | None = None
 
-    @property
-    def length(self) -> int:
-        """Tokens known so far; the last one has not been read by the target."""
-        return len(self.request.tokens) + len(self.tokens)
-
 
 class ChainDecoder:
     """Decodes requests in a batch of rows; a finished row is refilled with the next request.
@@ -79,7 +74,8 @@ class ChainDecoder:
         seed: of all random numbers.
 
     Raises:
-        ValueError: K out of the draft's range, or (from ``run``) a prompt that leaves no room in the context.
+        ValueError: K out of the draft's range, batch_size < 1, or (from ``run``) a prompt that leaves no room in the
+            context.
     """
 
     def __init__(
@@ -94,6 +90,8 @@ class ChainDecoder:
     ) -> None:
         if draft is not None:
             draft.check_num_draft_tokens(num_draft_tokens)
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         self.target, self.draft, self.sampling = target, draft, sampling
         self.num_draft_tokens = num_draft_tokens if draft is not None else 0
         self.batch_size = batch_size

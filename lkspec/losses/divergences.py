@@ -25,8 +25,8 @@ from lkspec.vocab import DraftVocab
 #: Stands for log 0 where a finite number is needed: its exp is 0 in float32 and in float64.
 LOG_ZERO = -1e4
 
-#: A form (b) objective: (logp, logq) [R, D] -> [R]; p has its full-vocabulary denominator and may hold -inf.
-RowValue = Callable[[Float[Tensor, "R D"], Float[Tensor, "R D"]], Float[Tensor, " R"]]
+#: A form (b) objective: (logp, logq) [*rows, D] -> [*rows]; p has its full-vocabulary denominator and may hold -inf.
+RowValue = Callable[[Float[Tensor, "*rows D"], Float[Tensor, "*rows D"]], Float[Tensor, "*rows"]]
 
 
 def logit_stats(

@@ -148,7 +148,7 @@ class JensenShannon(Objective):
         return "jsd"
 
 
-def jensen_shannon(logp: Float[Tensor, "R D"], logq: Float[Tensor, "R D"]) -> Float[Tensor, " R"]:
+def jensen_shannon(logp: Float[Tensor, "*rows D"], logq: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows"]:
     """(KL(p~ || m) + KL(q || m)) / 2 with m = (p~ + q) / 2, for log p with any denominator."""
     # Below LOG_ZERO p is 0 in floating point, so the floor changes no value; it keeps 0 * -inf away.
     log_renormed = logp.clamp(min=LOG_ZERO).log_softmax(-1)

@@ -107,7 +107,7 @@ def _convert(source: Path, folder: Path) -> None:
     tensors = {}
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        name, weight = _rename(tensor.name, torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)), config)
+        name, weight = _rename(tensor.name, torch.from_numpy(np.array(values, dtype=np.float32)), config)
         tensors[name] = weight
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _tokenizer(fields).save_pretrained(folder)

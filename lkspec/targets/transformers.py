@@ -296,6 +296,9 @@ def _checked_aux_layers(ids: tuple[int, ...] | None, num_layers: int, name: str)
 
 def _layer_types(config: Any, name: str) -> dict[str, int | None]:
     """Each kind of attention layer with its window (None = full), refusing state that cannot be rolled back."""
+    if getattr(config, "is_heterogeneous", False):
+        differing = ", ".join(sorted(config.per_layer_attributes))
+        raise ValueError(f"{name}: its layers differ in {differing}, and a draft can mirror only one kind of layer")
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:
         window = None

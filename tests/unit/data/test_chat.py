@@ -21,9 +21,7 @@ SYSTEM = (Message("system", "Speak."), *TWO_TURNS)
 
 def encode(chat, messages, **options):
     conversation = Conversation("c-1", tuple(messages), 0.5)
-    return encode_conversation(
-        chat.tokenizer, conversation, **{"max_length": LONG, "eos_ids": chat.eos_ids, **options}
-    )
+    return encode_conversation(chat.tokenizer, conversation, **{"max_length": LONG, "eos_ids": chat.eos_ids, **options})
 
 
 def supervised_texts(chat, encoded):
@@ -157,7 +155,7 @@ def test_tokens_that_merge_over_the_start_of_an_answer_are_refused(make_chat):
     chat = make_chat("chatml", merges=(("Ċ", "Y"),))
     assert "ĊY" in chat.tokenizer.get_vocab()
     assert supervised_texts(chat, encode(chat, TWO_TURNS))[0][0] == "Hello, what is it?<|im_end|>"
-    with pytest.raises(ValueError, match="message 1: .* first differing token: 38 '\\\\nY', alone it is '\\\\n'"):
+    with pytest.raises(ValueError, match=r"message 1: .* first differing token: 38 '\\nY', alone it is '\\n'"):
         encode(chat, [Message("user", "Hi"), Message("assistant", "Yes")])
 
 

@@ -24,7 +24,12 @@ def write_rows(path, rows):
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}, PAIR),
         ({"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello."}]}, PAIR),
         (
-            {"conversations": [{"from": "system", "value": "S"}, *({"from": r, "value": "x"} for r in ("human", "gpt"))]},
+            {
+                "conversations": [
+                    {"from": "system", "value": "S"},
+                    *({"from": r, "value": "x"} for r in ("human", "gpt")),
+                ]
+            },
             (Message("system", "S"), Message("user", "x"), Message("assistant", "x")),
         ),
         ({"conversation": [{"content": "Hi"}], "generated_message": {"content": "Hello."}}, PAIR),
@@ -145,7 +150,7 @@ def test_limit_counts_usable_conversations_and_stops_reading(tmp_path):
     read = read_conversations(path, on_bad_row="skip", limit=2)
     assert [c.id for c in read.conversations] == ["x:2", "x:3"]
     assert read.bad_rows.count == 1
-    with pytest.raises(ValueError, match="data.limit_conversations"):
+    with pytest.raises(ValueError, match=r"data.limit_conversations"):
         read_conversations(path, limit=0)
 
 
@@ -153,10 +158,10 @@ def test_nothing_usable_is_an_error_that_says_why(tmp_path):
     empty = write_rows(tmp_path / "empty.jsonl", [])
     with pytest.raises(ValueError, match=r"empty\.jsonl: expected at least one conversation"):
         read_conversations(empty)
-    with pytest.raises(ValueError, match="1 bad rows left out\n.*no assistant message"):
+    with pytest.raises(ValueError, match=r"1 bad rows left out\n.*no assistant message"):
         read_conversations(write_rows(tmp_path / "b.jsonl", [{"messages": [user()]}]), on_bad_row="skip")
-    with pytest.raises(ValueError, match="expected a folder with .jsonl files"):
-        (tmp_path / "folder").mkdir()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"expected a folder with .jsonl files"):
         read_conversations(str(tmp_path / "folder"))
 
 
@@ -192,14 +197,16 @@ def test_a_hub_error_says_what_was_expected(monkeypatch, error):
         raise error
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    with pytest.raises(ValueError, match="someone/answers: expected a .jsonl file, a folder .* hub data set") as caught:
+    with pytest.raises(
+        ValueError, match=r"someone/answers: expected a .jsonl file, a folder .* hub data set"
+    ) as caught:
         read_conversations("someone/answers")
     assert str(error).splitlines()[0] in str(caught.value)
     assert "long story" not in str(caught.value)
 
 
 def test_on_bad_row_is_checked(tmp_path):
-    with pytest.raises(ValueError, match="data.on_bad_row: expected 'error' or 'skip', got 'ignore'"):
+    with pytest.raises(ValueError, match=r"data.on_bad_row: expected 'error' or 'skip', got 'ignore'"):
         read_conversations(write_rows(tmp_path / "x.jsonl", [GOOD]), on_bad_row="ignore")
 
 
@@ -208,7 +215,7 @@ def test_embedded_paths_name_packaged_files(tmp_path, monkeypatch):
     write_rows(tmp_path / "embedded" / "train.jsonl", [GOOD])
     monkeypatch.setattr(module.importlib.resources, "files", lambda package: {"lkspec.data": tmp_path}[package])
     assert read_conversations("embedded:train.jsonl").conversations == [Conversation("train:1", PAIR)]
-    with pytest.raises(ValueError, match="no such packaged data set; there are: train.jsonl"):
+    with pytest.raises(ValueError, match=r"no such packaged data set; there are: train.jsonl"):
         read_conversations("embedded:other.jsonl")
 
 

@@ -47,7 +47,7 @@ def test_the_depth_mask_is_contract_1(rows, num_depths):
 
 
 def test_the_depth_mask_by_hand():
-    # x = p p a a a p p b b: anchors 1..2 predict inside turn 1 at depth 1, anchor 1 alone at depth 2; anchor 6 in turn 2.
+    # x = p p a a a p p b b: depth 1 of anchors 1 and 2 lies in turn 1, of anchor 6 in turn 2; depth 2 of anchor 1.
     mask = collate([[conversation("c", [3, 2], tail=0)]]).depth_mask(2)[:, 0].int().tolist()
     assert mask == [[0, 1, 1, 0, 0, 0, 1, 0, 0], [0, 1, 0, 0, 0, 0, 0, 0, 0]]
 
@@ -260,7 +260,7 @@ def test_a_state_of_other_data_is_refused_inside_an_epoch_only():
     loader = make_loader()
     next(iter(loader))
     inside = loader.state_dict()
-    with pytest.raises(ValueError, match="resume with the same data, data.seed"):
+    with pytest.raises(ValueError, match=r"resume with the same data, data.seed"):
         make_loader(seed=1).load_state_dict(inside)
     with pytest.raises(ValueError, match="'num_steps'"):
         make_loader(accumulate=2).load_state_dict(inside)

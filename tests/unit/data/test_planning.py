@@ -62,11 +62,11 @@ def test_a_conversation_that_just_fits_is_alone():
 
 
 def test_too_long_conversations_say_what_to_set():
-    with pytest.raises(ValueError, match="set data.max_tokens to at least 101, or data.max_length to at most 100"):
+    with pytest.raises(ValueError, match=r"set data.max_tokens to at least 101, or data.max_length to at most 100"):
         plan_batches([5, 101], max_tokens=100, seed=0, epoch=0)
-    with pytest.raises(ValueError, match="data.max_length=200 need data.max_tokens >= 200"):
+    with pytest.raises(ValueError, match=r"data.max_length=200 need data.max_tokens >= 200"):
         plan_batches([5], max_tokens=100, seed=0, epoch=0, pack=True, max_length=200)
-    with pytest.raises(ValueError, match="packed rows hold data.max_length=50"):
+    with pytest.raises(ValueError, match=r"packed rows hold data.max_length=50"):
         plan_batches([51], max_tokens=100, seed=0, epoch=0, pack=True, max_length=50)
 
 
@@ -85,16 +85,18 @@ def test_packing_by_hand():
     assert pack_rows([3, 7, 2, 6, 4], max_length=10) == [(1, 0), (3, 4), (2,)]
 
 
-@given(lengths=lengths_lists, num_replicas=st.integers(1, 5))
-def test_evaluation_sees_every_conversation_once_over_ranks_of_equal_length(lengths, num_replicas):
+@given(lengths=lengths_lists, num_replicas=st.integers(1, 5), every=st.integers(1, 3))
+def test_evaluation_sees_every_chosen_conversation_once_over_ranks_of_equal_length(lengths, num_replicas, every):
+    chosen = list(range(0, len(lengths), every))
     plans = [
-        plan_evaluation(lengths, max_tokens=300, num_replicas=num_replicas, rank=rank) for rank in range(num_replicas)
+        plan_evaluation(lengths, chosen, max_tokens=300, num_replicas=num_replicas, rank=rank)
+        for rank in range(num_replicas)
     ]
     assert len({len(plan) for plan in plans}) == 1
     steps = list(chain.from_iterable(plans))
     assert all(len(step) == 1 for step in steps)
     batches = [step[0] for step in steps]
-    assert members(batches) == list(range(len(lengths)))
+    assert members(batches) == chosen
     for batch in batches:
         assert len(batch) * max(sum(lengths[index] for index in row) for row in batch) <= 300
     assert sum(batch == [()] for batch in batches) < num_replicas

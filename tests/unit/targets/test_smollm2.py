@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from target_batches import padded
 
 from lkspec.targets import smollm2 as smollm2_module
 from lkspec.targets.smollm2 import GGUF_NAME, PACKAGE, SmolLM2Target, converted_folder
@@ -86,8 +87,6 @@ def test_shape_of_the_model(smollm2):
 @pytest.mark.slow
 def test_model_predicts_text(smollm2):
     """A wrong rotation or a permuted weight still loads; it would not predict text better than chance."""
-    from target_batches import padded
-
     text = "The capital of France is Paris. The capital of Germany is Berlin. The capital of Italy is Rome."
     tokens = torch.tensor(smollm2.tokenizer.encode(text))
     logprobs = smollm2.head.logits(smollm2.states(padded([tokens])).last)[0].log_softmax(-1)
@@ -115,7 +114,7 @@ def test_tokenizer_loses_nothing_and_splits_digits(smollm2, benchmark_data):
         ids = smollm2.tokenizer.encode(text)
         assert smollm2.tokenizer.decode(ids) == text
         for token in smollm2.tokenizer.convert_ids_to_tokens(ids):
-            assert sum(c.isdigit() for c in token) == 0 or len(token) == 1, (token, text)
+            assert len(token) == 1 or not set(token) & set("0123456789"), (token, text)
 
 
 @pytest.mark.slow
@@ -139,11 +138,18 @@ def converted_copy(smollm2, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "sha256.json"])
-@pytest.mark.parametrize("damage", ["missing", "changed"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("config.json", "missing"),
+        ("config.json", "changed"),
+        ("model.safetensors", "missing"),
+        ("model.safetensors", "changed"),
+        ("tokenizer.json", "changed"),
+        ("sha256.json", "missing"),
+    ],
+)
 def test_damaged_cache_is_an_error(converted_copy, tmp_path, monkeypatch, name, damage):
-    if (name, damage) == ("sha256.json", "changed"):
-        pytest.skip("a changed list of checksums names the file whose checksum differs: the cases above")
     folder = tmp_path / converted_copy.name
     shutil.copytree(converted_copy, folder, symlinks=True)
     monkeypatch.setenv("LKSPEC_CACHE", str(tmp_path))
@@ -156,10 +162,12 @@ def test_damaged_cache_is_an_error(converted_copy, tmp_path, monkeypatch, name, 
 
 @pytest.mark.slow
 def test_converted_anew_into_another_cache(smollm2, tmp_path, monkeypatch):
+    users = converted_folder()
     monkeypatch.setenv("LKSPEC_CACHE", str(tmp_path))
-    again = SmolLM2Target(device="cpu")
-    assert again.fingerprint == smollm2.fingerprint
-    assert [path.name for path in tmp_path.iterdir()] == [converted_folder().name]  # no temporary folder left
+    again = converted_folder()
+    assert again.parent == tmp_path
+    assert (again / "sha256.json").read_text() == (users / "sha256.json").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == [users.name]  # no temporary folder left
     shutil.rmtree(tmp_path)  # half a gigabyte
 
 

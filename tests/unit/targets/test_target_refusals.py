@@ -5,7 +5,15 @@ import importlib.util
 import pytest
 import torch
 from target_batches import packed, random_tokens
-from transformers import AutoModelForCausalLM, GPT2Config, Lfm2Config, MambaConfig, PreTrainedConfig, Qwen3NextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma4TextConfig,
+    GPT2Config,
+    Lfm2Config,
+    MambaConfig,
+    PreTrainedConfig,
+    Qwen3NextConfig,
+)
 
 from lkspec.targets.tiny import TinyTarget, byte_tokenizer
 from lkspec.targets.transformers import TransformersTarget, parse_dtype
@@ -51,6 +59,12 @@ def test_state_space_model_is_refused_by_name():
 def test_model_of_another_layout_is_refused():
     config = GPT2Config(n_embd=32, n_layer=8, n_head=4, vocab_size=264, eos_token_id=257, bos_token_id=256)
     with pytest.raises(ValueError, match=r"must have `layers` and take `position_ids`, GPT2Model does not"):
+        wrap(config)
+
+
+def test_layers_of_different_sizes_are_refused():
+    config = Gemma4TextConfig(**SIZES, head_dim=8, global_head_dim=16, vocab_size_per_layer_input=264)
+    with pytest.raises(ValueError, match="some-model: its layers differ in head_dim"):
         wrap(config)
 
 

@@ -1,0 +1,202 @@
+"""The rows of a run's two tables, rounds.parquet and results.csv, and the only code that writes or reads them.
+
+Both tables are replaced atomically: a crash leaves the old file.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lkspec.files import atomic_path
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """One verification of ``num_draft_tokens`` drafted tokens; the last three fields are those of ``types.Round``."""
+
+    benchmark: str
+    prompt_id: str
+    turn: int
+    temperature: float
+    num_draft_tokens: int
+    engine: str
+    round: int
+    position: int
+    accepted: int
+    past_end: bool
+
+    @property
+    def key(self) -> tuple[str, float, int, str]:
+        """Rows with the same key are replaced together."""
+        return self.benchmark, self.temperature, self.num_draft_tokens, self.engine
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One measurement of a run.
+
+    Attributes:
+        loss_args: the objective's arguments, JSON.
+        data_fingerprint: of the training data.
+        supervised_tokens: training tokens seen that were supervised, over all epochs.
+        steps: optimiser steps taken.
+        engine: what decoded (``lkspec``, or the name of a serving engine).
+        tau, low, high: acceptance length and its interval.
+        alpha: [K], the share of the rounds with at least k accepted tokens; columns alpha_1 .. alpha_K, and
+            ``tau = 1 + sum``.
+        walk_tau: the acceptance length estimated without decoding.
+        speedup: tokens_per_second over those of the target alone.
+        eta, eta_source: the adaptive weight's eta and who chose it.
+        protocol: everything else that tau depends on (filters, limits, templates, number of prompts), JSON.
+    """
+
+    run: str
+    commit: str
+    code_hash: str
+    draft: str
+    loss: str
+    loss_args: str
+    target: str
+    data_fingerprint: str
+    seed: int
+    supervised_tokens: int
+    steps: int
+    benchmark: str
+    temperature: float
+    num_draft_tokens: int
+    engine: str
+    tau: float
+    low: float
+    high: float
+    alpha: tuple[float, ...]
+    walk_tau: float | None
+    tokens_per_second: float | None
+    speedup: float | None
+    num_prompts: int
+    eta: float | None
+    eta_source: str | None
+    protocol: str
+
+    @property
+    def key(self) -> tuple[str, float, int, str, str, int]:
+        """A run holds one row a key; the protocol counts by its content, not by its spelling.
+
+        The steps are part of it: measurements before and after training stand side by side.
+        """
+        protocol = content_hash(json.loads(self.protocol))
+        return self.benchmark, self.temperature, self.num_draft_tokens, self.engine, protocol, self.steps
+
+
+def content_hash(content: Any) -> str:
+    """First 8 hex digits of the sha256 of plain data in canonical JSON (sorted keys, no spaces)."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def replace_rounds(path: Path, rows: Sequence[RoundRow]) -> None:
+    """Adds rows to a rounds.parquet in place of those with a key that is among the new ones."""
+    if not rows:
+        return
+    table = pa.Table.from_pylist([vars(row) for row in rows], schema=_ROUND_SCHEMA)
+    if path.is_file():
+        old = pq.read_table(path)
+        stale = _with_keys(old, {row.key for row in rows})
+        table = pa.concat_tables([old.filter(pc.invert(stale)), table])
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def read_rounds(path: Path) -> list[RoundRow]:
+    """Reads a rounds.parquet."""
+    return [RoundRow(**row) for row in pq.read_table(path).to_pylist()]
+
+
+def write_result_rows(path: Path, rows: Sequence[ResultRow]) -> None:
+    """Writes a results.csv; floats read back exactly, None is an empty cell, alpha_k has as many columns as needed."""
+    num_alpha = max((len(row.alpha) for row in rows), default=0)
+    header: list[str] = []
+    for field in fields(ResultRow):
+        header += [f"alpha_{k}" for k in range(1, num_alpha + 1)] if field.name == "alpha" else [field.name]
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, header, restval="", lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            cells = {field.name: getattr(row, field.name) for field in fields(row) if field.name != "alpha"}
+            cells |= {f"alpha_{k}": value for k, value in enumerate(row.alpha, start=1)}
+            writer.writerow({name: _cell(value) for name, value in cells.items()})
+
+
+def read_result_rows(path: Path) -> list[ResultRow]:
+    """Reads a results.csv, typed.
+
+    Raises:
+        ValueError: a column is missing or unknown, or a cell is not of its column's type (file, line and column).
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file, restval="")
+        header = reader.fieldnames or []
+        expected = {field.name for field in fields(ResultRow)} - {"alpha"}
+        given = {name for name in header if not name.startswith("alpha_")}
+        if given != expected:
+            raise ValueError(
+                f"{path}: expected the columns of a results row; missing {sorted(expected - given) or 'none'}, "
+                f"unknown {sorted(given - expected) or 'none'}: it was written by another version of lkspec"
+            )
+        return [_parse_row(row, f"{path}:{reader.line_num}") for row in reader]
+
+
+_ROUND_TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
+_ROUND_SCHEMA = pa.schema([(field.name, _ROUND_TYPES[str(field.type)]) for field in fields(RoundRow)])
+
+
+def _with_keys(table: pa.Table, keys: Collection[tuple[str, float, int, str]]) -> pa.ChunkedArray:
+    """Mask of the rows whose key is among ``keys``."""
+    names = ("benchmark", "temperature", "num_draft_tokens", "engine")
+    masks = (
+        functools.reduce(pc.and_, (pc.equal(table[name], value) for name, value in zip(names, key, strict=True)))
+        for key in keys
+    )
+    return functools.reduce(pc.or_, masks)
+
+
+def _cell(value: str | float | int | None) -> str:
+    return "" if value is None else repr(float(value)) if isinstance(value, float) else str(value)
+
+
+_CELL_TYPES: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "float | None": lambda text: float(text) if text else None,
+    "str | None": lambda text: text or None,
+}
+
+
+def _parse_row(row: Mapping[str, str], where: str) -> ResultRow:
+    values: dict[str, Any] = {}
+    for field in fields(ResultRow):
+        if field.name == "alpha":
+            names = itertools.takewhile(row.get, (f"alpha_{k}" for k in itertools.count(1)))
+            values["alpha"] = tuple(_parse_cell(row, name, float, where) for name in names)
+        else:
+            values[field.name] = _parse_cell(row, field.name, _CELL_TYPES[str(field.type)], where)
+    return ResultRow(**values)
+
+
+def _parse_cell(row: Mapping[str, str], name: str, parse: Callable[[str], Any], where: str) -> Any:
+    try:
+        return parse(row[name])
+    except ValueError as error:
+        raise ValueError(f"{where}: column {name}: {error}") from error

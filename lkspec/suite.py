@@ -1,0 +1,225 @@
+"""A suite of benchmarks measured at several settings, with its results rows, rounds, table and figures."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lkspec.benchmarks.base import Benchmark
+from lkspec.drafts.base import Draft
+from lkspec.evaluation import Measurement, Setting, gathered, measure
+from lkspec.figures import plot_acceptance_per_position, plot_alpha_over_time, plot_tau_over_k
+from lkspec.metrics import acceptance_metrics
+from lkspec.results import ResultRow, RoundRow, RunFolder
+from lkspec.targets.base import Target
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """How benchmarks are decoded; every list is crossed with every other."""
+
+    temperatures: Sequence[float] = (0.0, 1.0)
+    num_draft_tokens: Sequence[int] = (4,)
+    top_k: int = 0
+    top_p: float = 1.0
+    draft_filter: str = "none"
+    batch_size: int = 16
+    seed: int = 0
+
+    def settings(self) -> list[Setting]:
+        """Every combination, checked."""
+        settings = [
+            Setting(float(temperature), int(depths), self.top_k, self.top_p, self.draft_filter, self.seed)
+            for temperature, depths in itertools.product(self.temperatures, self.num_draft_tokens)
+        ]
+        for setting in settings:
+            assert setting.sampling is not None  # refuses values out of range before anything is decoded
+        return settings
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a results row says of the run."""
+
+    folder: RunFolder
+    draft: str
+    loss: str
+    loss_arguments: dict[str, Any]
+    target: str
+    target_settings: dict[str, str]
+    data_fingerprint: str
+    seed: int
+    eta: float | None
+    eta_source: str | None
+
+
+@dataclass
+class Suite:
+    """Measures a draft on all benchmarks and writes what it finds into the run folder."""
+
+    target: Target
+    benchmarks: list[Benchmark]
+    options: SuiteOptions
+    facts: RunFacts
+    last_rows: list[ResultRow] = field(default_factory=list)
+
+    def run(self, draft: Draft, *, stage: str, step: int, supervised_tokens: int) -> list[Measurement]:
+        """All measurements at one stage of training (``before``, ``during`` or ``after``); every rank takes part."""
+        settings = self.options.settings()
+        for setting in settings:
+            draft.check_num_draft_tokens(setting.num_draft_tokens)
+        rank, num_replicas = _rank_and_world()
+        measurements = []
+        with _progress(visible=rank == 0) as progress:
+            for benchmark, setting in itertools.product(self.benchmarks, settings):
+                label = f"{benchmark.name} T={setting.temperature:g} K={setting.num_draft_tokens}"
+                task = progress.add_task(label, total=None)
+                measured = measure(
+                    self.target,
+                    draft,
+                    benchmark,
+                    setting,
+                    batch_size=self.options.batch_size,
+                    rank=rank,
+                    num_replicas=num_replicas,
+                    progress=lambda _, done, total, task=task: progress.update(task, completed=done, total=total),
+                )
+                progress.remove_task(task)
+                measurements.append(gathered(measured))
+        if rank == 0:
+            rows = [self._row(measurement, step, supervised_tokens) for measurement in measurements]
+            self.last_rows = rows
+            self.facts.folder.write_results(rows)
+            if stage != "before":
+                self.facts.folder.write_rounds(row for measured in measurements for row in _round_rows(measured))
+            print_rows(rows, title=f"acceptance length {stage} training (step {step})")
+        return measurements
+
+    def _row(self, measurement: Measurement, step: int, supervised_tokens: int) -> ResultRow:
+        setting, facts = measurement.setting, self.facts
+        metrics = acceptance_metrics(measurement.prompt_rounds(), num_draft_tokens=setting.num_draft_tokens)
+        origin = facts.folder.origin
+        protocol = {
+            **measurement.protocol,
+            **facts.target_settings,
+            "top_k": setting.top_k,
+            "top_p": setting.top_p,
+            "draft_filter": setting.draft_filter,
+            "seed": setting.seed,
+            "batch_size": self.options.batch_size,
+        }
+        return ResultRow(
+            run=facts.folder.name,
+            commit=origin.get("commit", ""),
+            code_hash=origin.get("code_hash", ""),
+            draft=facts.draft,
+            loss=facts.loss,
+            loss_args=json.dumps(facts.loss_arguments, sort_keys=True),
+            target=facts.target,
+            data_fingerprint=facts.data_fingerprint,
+            seed=facts.seed,
+            supervised_tokens=supervised_tokens,
+            steps=step,
+            benchmark=measurement.benchmark,
+            temperature=setting.temperature,
+            num_draft_tokens=setting.num_draft_tokens,
+            engine="lkspec",
+            tau=metrics.tau,
+            low=metrics.low,
+            high=metrics.high,
+            alpha=metrics.acceptance_per_position,
+            walk_tau=measurement.walk_acceptance_length(),
+            tokens_per_second=measurement.tokens_per_second,
+            speedup=measurement.speedup,
+            num_prompts=metrics.num_prompts,
+            eta=facts.eta,
+            eta_source=facts.eta_source,
+            protocol=json.dumps(protocol, sort_keys=True),
+        )
+
+
+def _round_rows(measurement: Measurement) -> list[RoundRow]:
+    setting = measurement.setting
+    return [
+        RoundRow(
+            benchmark=measurement.benchmark,
+            prompt_id=answer.prompt.id,
+            turn=answer.completion.request.turn,
+            temperature=setting.temperature,
+            num_draft_tokens=setting.num_draft_tokens,
+            engine="lkspec",
+            round=number,
+            position=decoded.position,
+            accepted=decoded.accepted,
+            past_end=decoded.past_end,
+        )
+        for answer in measurement.answers
+        for number, decoded in enumerate(answer.completion.rounds)
+    ]
+
+
+def print_rows(rows: Sequence[ResultRow], *, title: str) -> None:
+    """A table of measurements: tau with its 95 % interval, the walk, acceptance per position, speed."""
+    table = Table(title=title, title_justify="left")
+    for name in ("benchmark", "T", "K", "tau", "95 % interval", "walk", "accepted at position 1..K", "prompts", "tokens/s"):
+        table.add_column(name, justify="left" if name == "benchmark" else "right")
+    with_speedup = any(row.speedup is not None for row in rows)
+    if with_speedup:
+        table.add_column("speed-up", justify="right")
+    for row in rows:
+        cells = [
+            row.benchmark,
+            f"{row.temperature:g}",
+            str(row.num_draft_tokens),
+            f"{row.tau:.3f}",
+            f"{row.low:.3f} - {row.high:.3f}",
+            "-" if row.walk_tau is None else f"{row.walk_tau:.3f}",
+            " ".join(f"{share:.2f}" for share in row.alpha),
+            str(row.num_prompts),
+            "-" if row.tokens_per_second is None else f"{row.tokens_per_second:.1f}",
+        ]
+        table.add_row(*cells, *([f"{row.speedup:.2f}x" if row.speedup else "-"] if with_speedup else []))
+    console.print(table)
+
+
+def _progress(*, visible: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not visible,
+    )
+
+
+def _rank_and_world() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def draw_run(folder: RunFolder) -> None:
+    """Draws the run's figures from its own files: tau over K, acceptance per position, alpha over time."""
+    rows = folder.read_results()
+    newest = {(row.benchmark, row.temperature, row.num_draft_tokens): row for row in rows if row.steps > 0}
+    before = {(row.benchmark, row.temperature, row.num_draft_tokens): row for row in rows if row.steps == 0}
+    if newest:
+        plot_tau_over_k(list(newest.values()), folder.figures_dir / "tau_over_k.png", before=list(before.values()))
+        plot_acceptance_per_position(list(newest.values()), folder.figures_dir / "acceptance_per_position.png")
+    history = folder.read_depth_history("train/alpha")
+    if history:
+        validation = folder.read_depth_history("val/T1/alpha")
+        plot_alpha_over_time(history, folder.figures_dir / "alpha_over_time.png", validation=validation)
