@@ -77,7 +77,8 @@ def acceptance_line(completion: Completion) -> str:
     rounds = len(completion.rounds)
     accepted = sum(decoded.accepted for decoded in completion.rounds)
     tau = f"{1 + accepted / rounds:.2f}" if rounds else "-"
-    return f"{len(completion.tokens)} tokens in {rounds} rounds, acceptance length {tau}, ended by {completion.finish_reason}"
+    end = completion.finish_reason
+    return f"{len(completion.tokens)} tokens in {rounds} rounds, acceptance length {tau}, ended by {end}"
 
 
 def as_html(

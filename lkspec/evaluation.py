@@ -18,7 +18,7 @@ from lkspec.drafts.base import Draft
 from lkspec.metrics import PromptRounds
 from lkspec.targets.base import Target
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -113,16 +113,17 @@ def measure(
     setting: Setting,
     *,
     batch_size: int,
+    num_prompts: int | None = None,
     rank: int = 0,
     num_replicas: int = 1,
     progress: Progress | None = None,
 ) -> Measurement:
     """Answers a benchmark's prompts (this rank's share) by speculative decoding.
 
-    Every turn after the first follows the model's own earlier answers. At batch size 1 the target alone answers the
-    same prompts in turns, for the speed-up.
+    ``num_prompts`` uses only so many, evenly spaced. Every turn after the first follows the model's own earlier
+    answers. At batch size 1 the target alone answers the same prompts in turns, for the speed-up.
     """
-    prompts = benchmark.prompts()[rank::num_replicas]
+    prompts = benchmark.prompts(num_prompts)[rank::num_replicas]
     options: dict[str, Any] = {"sampling": setting.sampling, "batch_size": batch_size, "seed": setting.seed}
     decoder = ChainDecoder(target, draft, num_draft_tokens=setting.num_draft_tokens, **options)
     baseline = ChainDecoder(target, None, num_draft_tokens=0, **options) if batch_size == 1 else None
@@ -138,11 +139,11 @@ def measure(
             texts[prompt.id].append(_text(target, completion))
             done.append((prompt, completion))
             if progress is not None:
-                progress(benchmark.name, len(done), total)
+                progress(len(done), total)
     return Measurement(
         benchmark=benchmark.name,
         setting=setting,
-        protocol=benchmark.protocol(),
+        protocol=benchmark.protocol(num_prompts),
         answers=_walked(target, draft, setting, done),
         seconds=clock.seconds,
         baseline_seconds=clock.baseline_seconds if baseline is not None else None,
@@ -201,9 +202,7 @@ def _walked(
         walks = walk_texts(
             target, draft, texts, temperature=setting.temperature, num_draft_tokens=setting.num_draft_tokens
         )
-    return tuple(
-        Answer(prompt, completion, walk) for (prompt, completion), walk in zip(ordered, walks, strict=True)
-    )
+    return tuple(Answer(prompt, completion, walk) for (prompt, completion), walk in zip(ordered, walks, strict=True))
 
 
 def gathered(measurement: Measurement) -> Measurement:

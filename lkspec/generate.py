@@ -69,7 +69,7 @@ def _answer(options: dict[str, Any], target: Target, decoder: ChainDecoder, out:
             out.append(_row(waiting[completion.request.prompt_id], completion, target, options))
             advance(len(completion.tokens))
     order = {prompt.id: index for index, prompt in enumerate(prompts)}
-    keep = AnswerFilter(tuple(target.tokenizer.all_special_tokens))
+    keep = AnswerFilter(target.tokenizer, target.eos_ids)
     out.finish(lambda row: order[row["id"]], keep)
     _report_dropped(keep.dropped)
 

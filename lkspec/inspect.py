@@ -23,7 +23,7 @@ def main(config: DictConfig) -> None:
     data: SpeculatorDataModule = instantiate(config.data)
     data.bind(target.tokenizer, eos_ids=target.eos_ids, max_positions=target.max_positions)
     data.setup()
-    conversations = data.train_conversations
+    conversations = [data.train_set[index] for index in range(data.num_conversations)]
     if config.ids:
         known = {conversation.id: conversation for conversation in conversations}
         missing = [name for name in config.ids if name not in known]

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lkspec.acceptance import draft_stats
 from lkspec.decoding.walk import WalkCount, walk_turns
 from lkspec.drafts.base import Draft
-from lkspec.acceptance import draft_stats
 from lkspec.losses.objectives import Objective, masked_sums, reduce_loss
 from lkspec.types import Batch, LinearHead, TargetStates, TokenStats
 
@@ -201,9 +201,6 @@ class SpeculatorModule(LightningModule):
         saved = checkpoint[CHECKPOINT_KEY]
         self.num_supervised_seen = saved["num_supervised_seen"]
         restore_rng_state(saved["rng"])
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch  # micro-batches move one by one, so that only one is on the device
 
     def _summed(self, value: Tensor) -> Tensor:
         """The sum over ranks."""

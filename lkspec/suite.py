@@ -6,11 +6,20 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from lkspec.benchmarks.base import Benchmark
@@ -22,6 +31,8 @@ from lkspec.results import ResultRow, RoundRow, RunFolder
 from lkspec.targets.base import Target
 
 console = Console()
+if not console.is_terminal:
+    console.width = 140  # a log file wraps nothing
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class SuiteOptions:
     draft_filter: str = "none"
     batch_size: int = 16
     seed: int = 0
+    num_prompts_before: int | None = None  # of each benchmark, where training has not begun
 
     def settings(self) -> list[Setting]:
         """Every combination, checked."""
@@ -90,9 +102,10 @@ class Suite:
                     benchmark,
                     setting,
                     batch_size=self.options.batch_size,
+                    num_prompts=self.options.num_prompts_before if stage == "before" else None,
                     rank=rank,
                     num_replicas=num_replicas,
-                    progress=lambda _, done, total, task=task: progress.update(task, completed=done, total=total),
+                    progress=partial(_update, progress, task),
                 )
                 progress.remove_task(task)
                 measurements.append(gathered(measured))
@@ -108,6 +121,9 @@ class Suite:
     def _row(self, measurement: Measurement, step: int, supervised_tokens: int) -> ResultRow:
         setting, facts = measurement.setting, self.facts
         metrics = acceptance_metrics(measurement.prompt_rounds(), num_draft_tokens=setting.num_draft_tokens)
+        whole = acceptance_metrics(
+            measurement.prompt_rounds(), num_draft_tokens=setting.num_draft_tokens, exclude_past_end=True
+        )
         origin = facts.folder.origin
         protocol = {
             **measurement.protocol,
@@ -138,6 +154,7 @@ class Suite:
             low=metrics.low,
             high=metrics.high,
             alpha=metrics.acceptance_per_position,
+            tau_whole_rounds=whole.tau,
             walk_tau=measurement.walk_acceptance_length(),
             tokens_per_second=measurement.tokens_per_second,
             speedup=measurement.speedup,
@@ -169,10 +186,14 @@ def _round_rows(measurement: Measurement) -> list[RoundRow]:
 
 
 def print_rows(rows: Sequence[ResultRow], *, title: str) -> None:
-    """A table of measurements: tau with its 95 % interval, the walk, acceptance per position, speed."""
+    """A table of measurements: tau with its 95 % interval, acceptance per position, speed.
+
+    ``whole rounds`` is tau over the rounds whose K proposals lie inside the text, the rule that the walk follows.
+    """
     table = Table(title=title, title_justify="left")
-    for name in ("benchmark", "T", "K", "tau", "95 % interval", "walk", "accepted at position 1..K", "prompts", "tokens/s"):
-        table.add_column(name, justify="left" if name == "benchmark" else "right")
+    numbers = ("T", "K", "tau", "95 % interval", "whole rounds", "walk", "accepted at 1..K", "prompts", "tokens/s")
+    for name in ("benchmark", *numbers):
+        table.add_column(name, justify="left" if name == "benchmark" else "right", no_wrap=True)
     with_speedup = any(row.speedup is not None for row in rows)
     if with_speedup:
         table.add_column("speed-up", justify="right")
@@ -183,6 +204,7 @@ def print_rows(rows: Sequence[ResultRow], *, title: str) -> None:
             str(row.num_draft_tokens),
             f"{row.tau:.3f}",
             f"{row.low:.3f} - {row.high:.3f}",
+            "-" if row.tau_whole_rounds is None else f"{row.tau_whole_rounds:.3f}",
             "-" if row.walk_tau is None else f"{row.walk_tau:.3f}",
             " ".join(f"{share:.2f}" for share in row.alpha),
             str(row.num_prompts),
@@ -190,6 +212,10 @@ def print_rows(rows: Sequence[ResultRow], *, title: str) -> None:
         ]
         table.add_row(*cells, *([f"{row.speedup:.2f}x" if row.speedup else "-"] if with_speedup else []))
     console.print(table)
+
+
+def _update(progress: Progress, task: TaskID, done: int, total: int) -> None:
+    progress.update(task, completed=done, total=total)
 
 
 def _progress(*, visible: bool) -> Progress:

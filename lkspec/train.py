@@ -122,9 +122,7 @@ def _resumed(folder: RunFolder, overrides: list[str]) -> tuple[RunFolder, DictCo
     return folder, config, checkpoint
 
 
-def _build_module(
-    config: DictConfig, draft: Draft, target: Target, info: dict[str, Any]
-) -> SpeculatorModule:
+def _build_module(config: DictConfig, draft: Draft, target: Target, info: dict[str, Any]) -> SpeculatorModule:
     return SpeculatorModule(
         draft,
         instantiate(config.loss),

@@ -68,16 +68,17 @@ class Benchmark:
         self.max_new_tokens = max_new_tokens
         self._prompts = tuple(self._as_asked(row) for row in _evenly_spaced(rows, num_prompts, name))
 
-    def prompts(self) -> tuple[BenchmarkPrompt, ...]:
-        """The prompts to answer, in the file's order."""
-        return self._prompts
+    def prompts(self, at_most: int | None = None) -> tuple[BenchmarkPrompt, ...]:
+        """The prompts to answer, in the file's order; ``at_most`` so many of them, evenly spaced."""
+        return tuple(_evenly_spaced(self._prompts, at_most, self.name))
 
-    def protocol(self) -> dict[str, object]:
+    def protocol(self, at_most: int | None = None) -> dict[str, object]:
         """Everything that identifies the prompts: two results may only be compared where this is equal."""
-        texts = json.dumps([[prompt.system_prompt, *prompt.turns] for prompt in self._prompts])
+        prompts = self.prompts(at_most)
+        texts = json.dumps([[prompt.system_prompt, *prompt.turns] for prompt in prompts])
         return {
             "name": self.name,
-            "num_prompts": len(self._prompts),
+            "num_prompts": len(prompts),
             "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest()[:16],
             "template": self.template,
             "system_prompt": self.system_prompt,

@@ -63,6 +63,8 @@ def encode_conversation(
         rendering = _Rendering(tokenizer, conversation.messages, frozenset(eos_ids))
         spans = rendering.spans_by_tokens()
         rendering.check_agreement(spans, rendering.spans_by_text())
+        if conversation.answer_ids is not None:
+            spans = rendering.respell(spans, conversation.answer_ids)
     except (ValueError, TemplateError) as error:
         raise ValueError(f"conversation {conversation.id!r}: {error}") from error
     turns = [0] * len(rendering.tokens)
@@ -179,6 +181,16 @@ class _Rendering:
                     f"tokens[{second[0]}:{second[1]}]; first differing token: "
                     f"{self._piece(min(first[border], second[border]))}. The mask cannot be trusted"
                 )
+
+    def respell(self, spans: list[Span], answer_ids: tuple[int, ...]) -> list[Span]:
+        """Puts the tokens that the target wrote in place of the last answer's, and drops the template's rest."""
+        message = self.messages[-1]
+        text_ids = answer_ids[:-1] if answer_ids[-1] in self.eos_ids else answer_ids
+        if str(self.tokenizer.decode(text_ids)) != message.content:
+            raise ValueError("token_ids are not the tokens of the last answer: they decode to another text")
+        start = spans[-1][0]
+        self.tokens = [*self.tokens[:start], *answer_ids]
+        return [*spans[:-1], (start, len(self.tokens))]
 
     def _prefix_difference(self, prompt: list[int], index: int) -> str:
         at = _common_length(self.tokens, prompt)

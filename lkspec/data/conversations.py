@@ -41,11 +41,14 @@ class Conversation:
     Attributes:
         id: unique within a data set.
         temperature: at which the target wrote the answers; None when unknown.
+        answer_ids: the tokens that the target wrote the last answer in; None when only the text is known. At T > 0 a
+            target now and then spells a text in other tokens than its tokenizer would.
     """
 
     id: str
     messages: tuple[Message, ...]
     temperature: float | None = None
+    answer_ids: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -132,7 +135,9 @@ def parse_row(row: object, *, default_id: str) -> Conversation:
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
     messages = _with_row_finish_reason(_messages(row), row.get("finish_reason"))
     _check_order(messages)
-    return Conversation(_id(row, default_id), messages, _temperature(row.get("temperature")))
+    return Conversation(
+        _id(row, default_id), messages, _temperature(row.get("temperature")), _answer_ids(row.get("token_ids"))
+    )
 
 
 def _messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
@@ -227,6 +232,14 @@ def _temperature(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise ValueError(f"expected the temperature to be a number >= 0, got {value!r}")
     return float(value)
+
+
+def _answer_ids(value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value or not all(type(token) is int and token >= 0 for token in value):
+        raise ValueError("token_ids: expected a non-empty list of token ids (the last answer's own tokens)")
+    return tuple(value)
 
 
 def _decoded(raw: object) -> object:

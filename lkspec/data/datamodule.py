@@ -17,6 +17,7 @@ from lkspec.data.chat import Encoded, encode_conversation
 from lkspec.data.conversations import BadRows, Conversation, OnBadRow, read_conversations
 from lkspec.data.dataset import EncodedStore, EvaluationLoader, StepLoader, StepSampler
 from lkspec.data.planning import plan_evaluation
+from lkspec.types import Batch
 
 log = logging.getLogger(__name__)
 
@@ -184,6 +185,10 @@ class SpeculatorDataModule(LightningDataModule):
             )
             loaders.append(EvaluationLoader(store, steps, num_workers=self.num_workers))
         return loaders
+
+    def transfer_batch_to_device(self, batch: list[Batch], device: torch.device, dataloader_idx: int) -> list[Batch]:
+        """Leaves a step's micro-batches where they are: the module moves them one by one."""
+        return batch
 
     def val_conversations(self, temperature: float) -> list[Encoded]:
         """Validation conversations written at a temperature, or at an unknown one.

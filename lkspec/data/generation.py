@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lkspec.data.chat import encode_conversation
+from lkspec.data.conversations import parse_row
 from lkspec.files import write_text
 
 _SENTINEL = "\u2063prompt\u2063"  # stands for the user's text when the bare chat header is cut out of a rendering
@@ -88,20 +90,20 @@ def bare_user_header(tokenizer: PreTrainedTokenizerBase, system: str | None) -> 
 
 @dataclass
 class AnswerFilter:
-    """Drops answers that do not survive being written as text: empty ones and ones that hold special tokens."""
+    """Drops answers that training could not read back: empty ones, special tokens or merged tokens in the text."""
 
-    special_tokens: tuple[str, ...]
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
     dropped: Counter[str] = field(default_factory=Counter)
 
     def __call__(self, row: dict[str, Any]) -> bool:
-        text = row["messages"][-1]["content"]
-        if not text.strip():
-            self.dropped["empty"] += 1
-        elif any(token in text for token in self.special_tokens):
-            self.dropped["with special tokens"] += 1
-        else:
-            return True
-        return False
+        try:
+            conversation = parse_row(row, default_id=row["id"])
+            encode_conversation(self.tokenizer, conversation, max_length=1 << 20, eos_ids=self.eos_ids)
+        except ValueError:
+            self.dropped["that cannot be told from the chat template once written as text"] += 1
+            return False
+        return True
 
 
 @dataclass

@@ -28,9 +28,7 @@ class Draft(nn.Module):
     paper_eta: float
 
     @abstractmethod
-    def unroll(
-        self, batch: Batch, states: TargetStates, num_depths: int | None = None
-    ) -> Float[Tensor, "K B T H"]:
+    def unroll(self, batch: Batch, states: TargetStates, num_depths: int | None = None) -> Float[Tensor, "K B T H"]:
         """What multiplies ``head(k)`` at every anchor and depth, given the text's own tokens (teacher forcing).
 
         ``num_depths`` is the trained K unless given; at most ``max_depths``.

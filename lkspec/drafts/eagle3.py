@@ -78,9 +78,7 @@ class Eagle3(Draft):
     def head(self, depth: int) -> LinearHead:
         return LinearHead(weight=self.lm_head.weight)
 
-    def unroll(
-        self, batch: Batch, states: TargetStates, num_depths: int | None = None
-    ) -> Float[Tensor, "K B T H"]:
+    def unroll(self, batch: Batch, states: TargetStates, num_depths: int | None = None) -> Float[Tensor, "K B T H"]:
         hidden = self.fc(states.aux.to(self.fc.weight.dtype))
         visible = _visible(batch)
         causal: tuple[Tensor, Tensor] | None = None

@@ -53,6 +53,8 @@ def test_rounds_past_the_end_can_be_left_out():
     assert metrics.tau == 1 + 5 / 3
     assert metrics.acceptance_per_position == (1.0, 2 / 3)
     assert metrics.num_tokens == sum(p.num_tokens for p in prompts)
+    bare = acceptance_metrics([prompt("a", [1, 2]), prompt("b", [2])], num_draft_tokens=2)
+    assert (metrics.low, metrics.high) == (bare.low, bare.high)
     assert group_counts(prompts, exclude_past_end=True) == {"a": (3, 2), "b": (2, 1)}
 
 

@@ -57,6 +57,14 @@ def test_similar_lengths_meet_so_that_little_is_padded():
     assert padded <= 1.1 * sum(lengths)
 
 
+def test_the_number_of_batches_does_not_depend_on_who_meets_whom():
+    # 19 rows of 68 fit, or 20 of 65: were batches cut by their own lengths, 191 conversations would make 10 or 11.
+    lengths = [65 + i % 4 for i in range(191)]
+    plans = [plan_batches(lengths, max_tokens=1300, seed=0, epoch=epoch) for epoch in range(20)]
+    assert {len(plan) for plan in plans} == {11}
+    assert all(len(batch) * max(lengths[row[0]] for row in batch) <= 1300 for plan in plans for batch in plan)
+
+
 def test_a_conversation_that_just_fits_is_alone():
     assert sorted(plan_batches([97, 97], max_tokens=97, seed=0, epoch=0)) == [[(0,)], [(1,)]]
 

