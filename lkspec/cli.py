@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import runpy
 import sys
 
 VERBS = {
@@ -24,8 +24,8 @@ def main() -> None:
         print(f"Error: unknown verb {verb!r}; expected one of {', '.join(VERBS)}\n\n{usage()}", file=sys.stderr)
         sys.exit(2)
     del sys.argv[1]
-    sys.argv[0] = f"lkspec {verb}"
-    importlib.import_module(f"lkspec.{verb}").main()
+    # As the main module: Lightning starts the other processes of a multi-device run by `python -m` its name.
+    runpy.run_module(f"lkspec.{verb}", run_name="__main__", alter_sys=True)
 
 
 def usage() -> str:

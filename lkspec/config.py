@@ -8,6 +8,7 @@ files (a class and a yaml) in a folder of their own.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import re
@@ -22,7 +23,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.errors import InstantiationException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def entry_point(
             quiet_libraries()
             try:
                 return function(config)
-            except (ValueError, InstantiationException) as error:
+            except (ValueError, InstantiationException, MissingMandatoryValue) as error:
                 _exit_with(error)
 
         @functools.wraps(function)
@@ -90,10 +91,18 @@ def instantiate(config: DictConfig, *arguments: Any, **named: Any) -> Any:
     """Hydra's instantiate, with plain lists and dicts for the classes it builds.
 
     Objects are given to a partial: Hydra would take dataclasses among them for configurations.
+
+    Raises:
+        ValueError: an argument that the class does not take.
     """
-    if not arguments and not named:
-        return hydra.utils.instantiate(config, _convert_="all")
-    return hydra.utils.instantiate(config, _convert_="all", _partial_=True)(*arguments, **named)
+    made = hydra.utils.instantiate(config, _convert_="all", **({"_partial_": True} if arguments or named else {}))
+    if not isinstance(made, functools.partial):
+        return made
+    try:
+        inspect.signature(made.func).bind_partial(*made.args, *arguments, **made.keywords, **named)
+    except TypeError as error:
+        raise ValueError(f"{config._target_}: {error}") from error
+    return made(*arguments, **named) if arguments or named else made
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
@@ -127,6 +136,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated.*")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged is summed over ranks already
+    warnings.filterwarnings("ignore", message=".*ModelCheckpoint with manual optimization.*")  # after a step, as meant
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight.*")  # norms under bf16-mixed
 
 
 def _exit_with(error: Exception) -> None:
@@ -136,7 +148,7 @@ def _exit_with(error: Exception) -> None:
     cause = error
     while isinstance(cause, InstantiationException) and isinstance(cause.__cause__, Exception):
         cause = cause.__cause__
-    if not isinstance(cause, ValueError) and not isinstance(error, InstantiationException):
+    if not isinstance(cause, ValueError | MissingMandatoryValue) and not isinstance(error, InstantiationException):
         raise error
     print(f"Error: {cause}\n(set HYDRA_FULL_ERROR=1 for the stack trace)", file=sys.stderr)
     sys.exit(2)

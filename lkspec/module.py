@@ -62,6 +62,8 @@ class SpeculatorModule(LightningModule):
         checkpoint_info: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(recompute, bool):
+            raise ValueError(f"loss_options.recompute: expected true or false, got {recompute!r}")
         self.automatic_optimization = False  # a step's micro-batches share N_k, so they are seen together
         self.draft = draft
         self.objective = objective
@@ -119,9 +121,9 @@ class SpeculatorModule(LightningModule):
         loss_sum = self._summed(loss_sum)
         norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.gradient_clip)
         self._refuse_non_finite(loss_sum, norm, batches)
+        self._log_step(loss_sum, norm, sums, scalars, scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
-        self._log_step(loss_sum, norm, sums, scalars, scheduler.get_last_lr()[0])
 
     def _refuse_non_finite(self, loss: Tensor, norm: Tensor, batches: list[Batch]) -> None:
         if bool(torch.isfinite(loss)) and bool(torch.isfinite(norm)):

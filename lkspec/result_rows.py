@@ -56,7 +56,8 @@ class ResultRow:
         tau, low, high: acceptance length and its interval.
         alpha: [K], the share of the rounds with at least k accepted tokens; columns alpha_1 .. alpha_K, and
             ``tau = 1 + sum``.
-        walk_tau: the acceptance length estimated without decoding.
+        tau_whole_rounds: tau over the rounds whose K proposals lie inside the text, as the walk counts them.
+        walk_tau: the acceptance length estimated without decoding, along the same text.
         speedup: tokens_per_second over those of the target alone.
         eta, eta_source: the adaptive weight's eta and who chose it.
         protocol: everything else that tau depends on (filters, limits, templates, number of prompts), JSON.
@@ -81,6 +82,7 @@ class ResultRow:
     low: float
     high: float
     alpha: tuple[float, ...]
+    tau_whole_rounds: float | None
     walk_tau: float | None
     tokens_per_second: float | None
     speedup: float | None

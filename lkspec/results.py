@@ -175,6 +175,11 @@ class RunFolder:
         """Whether the run got as far as a checkpoint or a result: what ``create`` does not overwrite."""
         return self._worth_keeping() is not None
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether training and measuring came to their end, where metrics.json is written."""
+        return self._metrics_file.is_file()
+
     def remove(self) -> None:
         """Deletes the folder with everything in it."""
         shutil.rmtree(self.path)

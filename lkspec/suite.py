@@ -37,10 +37,10 @@ if not console.is_terminal:
 
 @dataclass(frozen=True)
 class SuiteOptions:
-    """How benchmarks are decoded; every list is crossed with every other."""
+    """How benchmarks are decoded; every list is crossed with every other, a number stands for a list of one."""
 
-    temperatures: Sequence[float] = (0.0, 1.0)
-    num_draft_tokens: Sequence[int] = (4,)
+    temperatures: Sequence[float] | float = (0.0, 1.0)
+    num_draft_tokens: Sequence[int] | int = (4,)
     top_k: int = 0
     top_p: float = 1.0
     draft_filter: str = "none"
@@ -49,14 +49,24 @@ class SuiteOptions:
     num_prompts_before: int | None = None  # of each benchmark, where training has not begun
 
     def settings(self) -> list[Setting]:
-        """Every combination, checked."""
+        """Every combination.
+
+        Raises:
+            ValueError: values out of range.
+        """
+        if self.batch_size < 1:
+            raise ValueError(f"evaluation.batch_size: expected at least 1, got {self.batch_size}")
         settings = [
             Setting(float(temperature), int(depths), self.top_k, self.top_p, self.draft_filter, self.seed)
-            for temperature, depths in itertools.product(self.temperatures, self.num_draft_tokens)
+            for temperature, depths in itertools.product(_listed(self.temperatures), _listed(self.num_draft_tokens))
         ]
         for setting in settings:
             assert setting.sampling is not None  # refuses values out of range before anything is decoded
         return settings
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, Sequence) else [value]
 
 
 @dataclass(frozen=True)
@@ -85,11 +95,19 @@ class Suite:
     facts: RunFacts
     last_rows: list[ResultRow] = field(default_factory=list)
 
+    def check(self, draft: Draft) -> None:
+        """Refuses what the draft cannot decode: to be called before hours of training.
+
+        Raises:
+            ValueError: settings out of range.
+        """
+        for setting in self.options.settings():
+            draft.check_num_draft_tokens(setting.num_draft_tokens)
+
     def run(self, draft: Draft, *, stage: str, step: int, supervised_tokens: int) -> list[Measurement]:
         """All measurements at one stage of training (``before``, ``during`` or ``after``); every rank takes part."""
+        self.check(draft)
         settings = self.options.settings()
-        for setting in settings:
-            draft.check_num_draft_tokens(setting.num_draft_tokens)
         rank, num_replicas = _rank_and_world()
         measurements = []
         with _progress(visible=rank == 0) as progress:

@@ -11,6 +11,7 @@ from hydra.types import RunMode
 from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -88,7 +89,7 @@ def _open_run(config: DictConfig) -> tuple[RunFolder | None, DictConfig, Path | 
     config = OmegaConf.create(resolved(config))
     if rank_zero_only.rank != 0:
         return folder, config, None
-    if folder.has_results and config.on_existing == "skip":
+    if folder.is_finished and config.on_existing == "skip":
         console.print(f"{folder.path} is there already: skipped (on_existing=skip)")
         return None, config, None
     if folder.has_results and config.on_existing == "replace":
@@ -148,9 +149,14 @@ def _build_trainer(config: DictConfig, suite: Suite, module: SpeculatorModule) -
     callbacks = []
     for entry in config.callbacks.values():
         needs_evaluation = entry["_target_"].endswith(".AcceptanceLength")
+        if needs_evaluation:
+            suite.check(module.draft)
         callbacks.append(instantiate(entry, evaluate) if needs_evaluation else instantiate(entry))
     loggers = [instantiate(entry) for entry in config.logger.values()]
-    trainer: Trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
+    try:
+        trainer: Trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers)
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer: {error}") from error
     return trainer
 
 

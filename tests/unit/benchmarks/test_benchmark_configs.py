@@ -56,7 +56,7 @@ def test_paper_reads_the_real_files(benchmark_data):
 
 def test_own_traffic(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"prompt": "Hi"}\n')
-    config = composed("jsonl", f"benchmark.jsonl.path={tmp_path}/t.jsonl")
+    config = composed("jsonl", f"benchmark.path={tmp_path}/t.jsonl")
     assert instantiate(config.jsonl).prompts()[0].turns == ("Hi",)
 
 

@@ -67,7 +67,8 @@ def make_batch(rows: list[list[int]], *, seed: int = 0) -> tuple[Batch, TargetSt
     tokens = torch.randint(0, V, positions.shape, generator=generator) * (segments > 0)
     ids = tuple(tuple(f"r{r}s{s}" for s in range(len(row))) for r, row in enumerate(rows))
     aux = torch.randn(*tokens.shape, 48, generator=generator)
-    return Batch(tokens, positions, segments, segments, ids), TargetStates(aux, torch.zeros(*tokens.shape, 16))
+    turns = segments * (positions > 0)  # all but each conversation's first token is one assistant turn
+    return Batch(tokens, positions, segments, turns, ids), TargetStates(aux, torch.zeros(*tokens.shape, 16))
 
 
 def conversation(batch: Batch, states: TargetStates, row: int, segment: int) -> tuple[Batch, TargetStates]:
@@ -76,7 +77,7 @@ def conversation(batch: Batch, states: TargetStates, row: int, segment: int) -> 
     tokens, ones = batch.tokens[row, inside][None], torch.ones(1, int(inside.sum()), dtype=torch.int64)
     positions = torch.arange(tokens.shape[1])[None]
     return (
-        Batch(tokens, positions, ones, ones, (("alone",),)),
+        Batch(tokens, positions, ones, ones * (positions > 0), (("alone",),)),
         TargetStates(states.aux[row, inside][None], states.last[row, inside][None]),
     )
 

@@ -126,7 +126,7 @@ def test_neighbours_and_padding_change_nothing() -> None:
             assert torch.equal(counted, alone_batch.depth_mask(4)[:, 0])
             torch.testing.assert_close(hidden[:, row, inside][counted], alone[counted], rtol=1e-5, atol=1e-5)
             num_compared += int(counted.sum())
-    assert num_compared == int(mask.sum()) > 20
+    assert num_compared == int(mask.sum()) > 15
     assert hidden.isfinite().all()
 
 
@@ -222,7 +222,7 @@ def test_random_head() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         draft = Eagle3(make_spec(bias=True), DraftVocab.full(V), head_init="random")
-    assert float(draft.lm_head.weight.std()) == pytest.approx(0.02, rel=0.15)
+    assert float(draft.lm_head.weight.detach().std()) == pytest.approx(0.02, rel=0.15)
     assert torch.equal(draft.norm.weight, torch.ones(16))
 
 

@@ -1,0 +1,121 @@
+"""The command line in this process or in one of its own, and what its runs left behind."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.singleton import Singleton
+
+from lkspec import cli
+
+REPOSITORY = Path(__file__).parents[2]
+CPU = ("target.device=cpu", "trainer.accelerator=cpu")
+# A small draft, 14 conversations in a few micro-batches: a step takes a tenth of a second.
+TINY_DATA = ("target=tiny", "data=tiny", "data.train=tiny:16", "data.max_tokens=700")
+TINY_RUN = (*TINY_DATA, "trainer=smoke", "draft.num_depths=2", *CPU)
+NO_EVALUATION = ("~callbacks.acceptance_length",)
+# A few tokens of decoding: enough rounds to count.
+BRIEF_EVALUATION = ("benchmark=mini_math", "benchmark.num_prompts=2", "+benchmark.max_new_tokens=16")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command printed and how it exited."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error_line(self) -> str:
+        """The line that tells a user what was wrong; checks that nothing but it, and no stack trace, was printed."""
+        assert self.code == 2, self
+        assert "Traceback" not in self.out + self.err, self
+        first, *rest = self.err.strip().splitlines()
+        assert first.startswith("Error: "), self
+        assert rest in ([], ["(set HYDRA_FULL_ERROR=1 for the stack trace)"]), self
+        return first
+
+
+Run = Callable[..., Outcome]
+
+
+def run_cli(*arguments: str, stdin: str = "") -> Outcome:
+    """The console entry in this process, in the working directory."""
+    out, err = io.StringIO(), io.StringIO()
+    with _nothing_left_behind(), redirect_stdout(out), redirect_stderr(err):
+        sys.argv = ["lkspec", *arguments]
+        sys.stdin = io.StringIO(stdin)
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code if isinstance(exit_.code, int) else 0 if exit_.code is None else 1
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+@contextmanager
+def _nothing_left_behind() -> Iterator[None]:
+    """Restores what a process owns only once and an entry point changes."""
+    root = logging.getLogger()
+    handlers, level, environment = root.handlers[:], root.level, dict(os.environ)
+    singletons, path, argv, stdin = Singleton.get_state(), sys.path[:], sys.argv, sys.stdin
+    modules = set(sys.modules)
+    GlobalHydra.instance().clear()
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        root.handlers[:], sys.path[:], sys.argv, sys.stdin = handlers, path, argv, stdin
+        root.setLevel(level)
+        os.environ.clear()
+        os.environ.update(environment)
+        GlobalHydra.instance().clear()
+        Singleton.set_state(singletons)
+        for name in set(sys.modules) - modules:
+            if _lies_in(sys.modules[name], Path.cwd()):  # a user's own classes: another test has others
+                del sys.modules[name]
+
+
+def _lies_in(module: object, folder: Path) -> bool:
+    file = getattr(module, "__file__", None)
+    return file is not None and Path(file).is_relative_to(folder)
+
+
+def subprocess_cli(*arguments: str, cwd: Path, python_path: str | None = None, timeout: float = 180) -> Outcome:
+    """``python -m lkspec.cli verb ...`` in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"PYTHONPATH": python_path} if python_path else {})}
+    done = subprocess.run(
+        [sys.executable, "-m", "lkspec.cli", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def only_run(root: Path = Path("runs")) -> Path:
+    """The one run folder there is."""
+    folders = [path for path in root.iterdir() if path.is_dir()]
+    assert len(folders) == 1, folders
+    return folders[0]
+
+
+def logged(run: Path, name: str) -> dict[int, float]:
+    """Step -> value of a metric that ``logger=csv`` wrote."""
+    with (run / "csv" / "metrics.csv").open() as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
