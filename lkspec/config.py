@@ -60,7 +60,9 @@ def entry_point(
             quiet_libraries()
             try:
                 return function(config)
-            except (ValueError, InstantiationException, MissingMandatoryValue) as error:
+            except MissingMandatoryValue as error:
+                _exit_with(ValueError(f"{error.full_key} has no value yet: give one as {error.full_key}=..."))
+            except (ValueError, InstantiationException) as error:
                 _exit_with(error)
 
         @functools.wraps(function)
@@ -148,7 +150,7 @@ def _exit_with(error: Exception) -> None:
     cause = error
     while isinstance(cause, InstantiationException) and isinstance(cause.__cause__, Exception):
         cause = cause.__cause__
-    if not isinstance(cause, ValueError | MissingMandatoryValue) and not isinstance(error, InstantiationException):
+    if not isinstance(cause, ValueError) and not isinstance(error, InstantiationException):
         raise error
     print(f"Error: {cause}\n(set HYDRA_FULL_ERROR=1 for the stack trace)", file=sys.stderr)
     sys.exit(2)

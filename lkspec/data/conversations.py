@@ -88,21 +88,16 @@ class ConversationSet:
     bad_rows: BadRows
 
 
-def read_conversations(
-    path: str, *, on_bad_row: OnBadRow = "error", split: str = "train", limit: int | None = None
-) -> ConversationSet:
+def read_conversations(path: str, *, on_bad_row: OnBadRow = "error", split: str = "train") -> ConversationSet:
     """Reads conversations from a path.
 
     ``path`` is a .jsonl file, a folder of them (read in the order of their names), ``embedded:<file>`` (packaged with
-    lkspec), ``tiny:<N>`` (made up), or else the id of a hub data set, of which ``split`` is read. Reading stops after
-    ``limit`` usable conversations.
+    lkspec), ``tiny:<N>`` (made up), or else the id of a hub data set, of which ``split`` is read.
 
     Raises:
         ValueError: nothing found at the path; a bad row (file, 1-based line and reason) unless those are skipped;
             no usable conversation.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"data.limit_conversations: expected a number >= 1 or null, got {limit}")
     bad_rows = BadRows(on_bad_row)
     conversations: list[Conversation] = []
     places: dict[str, str] = {}
@@ -116,8 +111,6 @@ def read_conversations(
             continue
         places[conversation.id] = place
         conversations.append(conversation)
-        if len(conversations) == limit:
-            break
     if not conversations:
         raise ValueError(f"{path}: expected at least one conversation, found none\n  {bad_rows.summary()}")
     if bad_rows.count:

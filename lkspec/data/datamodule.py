@@ -39,7 +39,8 @@ class SpeculatorDataModule(LightningDataModule):
         on_bad_row: "error" or "skip".
         val_fraction: share of the training conversations held out when no ``validation`` is named.
         split_seed: of that split; apart from ``seed``, so that runs with different seeds share their validation set.
-        limit_conversations: read only so many training conversations.
+        limit_conversations: use only so many training conversations, evenly spaced over the data: files are often
+            sorted by domain.
 
     Raises:
         ValueError: sizes that contradict each other, both or unusable validation settings.
@@ -71,6 +72,8 @@ class SpeculatorDataModule(LightningDataModule):
             raise ValueError(f"data.accumulate: expected a number >= 1, got {accumulate}")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"data.val_fraction: expected a share in [0, 1), got {val_fraction}")
+        if limit_conversations is not None and limit_conversations < 1:
+            raise ValueError(f"data.limit_conversations: expected a number >= 1 or null, got {limit_conversations}")
         self._train_path = train
         self._validation_paths = [validation] if isinstance(validation, str) else list(validation or [])
         if self._validation_paths and val_fraction:
@@ -107,7 +110,9 @@ class SpeculatorDataModule(LightningDataModule):
         if self._train is not None:
             return
         self.num_bad_rows = self.num_dropped = 0
-        conversations = self._read(self._train_path, self._limit)
+        conversations = self._read(self._train_path)
+        if self._limit is not None and self._limit < len(conversations):
+            conversations = [conversations[i * len(conversations) // self._limit] for i in range(self._limit)]
         held_out = [c for c in conversations if is_held_out(c.id, fraction=self._val_fraction, seed=self._split_seed)]
         names = {conversation.id for conversation in held_out}
         if self._val_fraction and not 0 < len(names) < len(conversations):
@@ -120,11 +125,11 @@ class SpeculatorDataModule(LightningDataModule):
         if held_out:
             self._encode(held_out, validation, f"{self._train_path} (held out)")
         for path in self._validation_paths:
-            self._encode(self._read(path, None), validation, path)
+            self._encode(self._read(path), validation, path)
         self._train, self._validation = train, validation
 
-    def _read(self, path: str, limit: int | None) -> list[Conversation]:
-        read = read_conversations(path, on_bad_row=self.on_bad_row, limit=limit)
+    def _read(self, path: str) -> list[Conversation]:
+        read = read_conversations(path, on_bad_row=self.on_bad_row)
         self.num_bad_rows += read.bad_rows.count
         return read.conversations
 

@@ -145,15 +145,6 @@ def test_a_folder_is_read_in_the_order_of_names_and_ids_are_unique_over_its_file
         read_conversations(str(tmp_path))
 
 
-def test_limit_counts_usable_conversations_and_stops_reading(tmp_path):
-    path = write_rows(tmp_path / "x.jsonl", ["[]", GOOD, GOOD, GOOD, "{never read"])
-    read = read_conversations(path, on_bad_row="skip", limit=2)
-    assert [c.id for c in read.conversations] == ["x:2", "x:3"]
-    assert read.bad_rows.count == 1
-    with pytest.raises(ValueError, match=r"data.limit_conversations"):
-        read_conversations(path, limit=0)
-
-
 def test_nothing_usable_is_an_error_that_says_why(tmp_path):
     empty = write_rows(tmp_path / "empty.jsonl", [])
     with pytest.raises(ValueError, match=r"empty\.jsonl: expected at least one conversation"):

@@ -175,9 +175,13 @@ def test_conversations_without_an_answer_in_reach_are_dropped_and_counted(chat, 
         ready(chat, train=path, max_length=20)
 
 
-def test_limit_conversations_limits_training_only(chat):
+def test_limit_conversations_spreads_over_training_only(chat):
     data = ready(chat, train="tiny:20", validation="tiny:6", limit_conversations=4)
     assert (data.num_conversations, len(data.validation_set)) == (4, 6)
+    every = ready(chat, train="tiny:20", validation="tiny:6").train_set
+    assert [data.train_set[i].id for i in range(4)] == [every[i].id for i in (0, 5, 10, 15)]
+    with pytest.raises(ValueError, match=r"data.limit_conversations"):
+        SpeculatorDataModule(train="tiny:8", limit_conversations=0)
 
 
 def test_settings_that_cannot_work_say_what_to_set(chat):
