@@ -76,7 +76,7 @@ def _open_run(config: DictConfig) -> tuple[RunFolder | None, DictConfig, Path | 
     """The run's folder, its configuration and the checkpoint to go on from; no folder when there is nothing to do."""
     root = Path(config.run_root)
     if config.resume is not None:
-        return _resumed(find_run(config.resume, root), list(HydraConfig.get().overrides.task))
+        return _resumed(find_run(config.resume, root), config, list(HydraConfig.get().overrides.task))
     if config.on_existing not in ("error", "replace", "skip"):
         raise ValueError(f"on_existing: expected error, replace or skip, got {config.on_existing!r}")
     names = config.names
@@ -107,7 +107,7 @@ def _eta_source(config: DictConfig) -> str | None:
     return "set by the configuration"
 
 
-def _resumed(folder: RunFolder, overrides: list[str]) -> tuple[RunFolder, DictConfig, Path]:
+def _resumed(folder: RunFolder, given: DictConfig, overrides: list[str]) -> tuple[RunFolder, DictConfig, Path]:
     refused = [override for override in overrides if not override.startswith(_RESUMABLE_OVERRIDES)]
     if refused:
         raise ValueError(
@@ -117,10 +117,21 @@ def _resumed(folder: RunFolder, overrides: list[str]) -> tuple[RunFolder, DictCo
     checkpoint = folder.last_checkpoint
     if checkpoint is None:
         raise ValueError(f"{folder.path}: there is no checkpoint to resume from; start the run again")
-    config = OmegaConf.create(folder.config)
+    saved = folder.config
+    config = OmegaConf.create(_moved(saved, saved["run_dir"], str(folder.path)))
     assert isinstance(config, DictConfig)
-    config.run_dir = str(folder.path)
+    if any(override.startswith("logger") for override in overrides):
+        config.logger = given.logger
     return folder, config, checkpoint
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    """Saved settings with a run folder's old path, relative to another working directory perhaps, made its new one."""
+    if isinstance(value, dict):
+        return {key: _moved(entry, old, new) for key, entry in value.items()}
+    if isinstance(value, str) and (value == old or value.startswith(f"{old}/")):
+        return new + value[len(old) :]
+    return value
 
 
 def _build_module(config: DictConfig, draft: Draft, target: Target, info: dict[str, Any]) -> SpeculatorModule:

@@ -218,12 +218,10 @@ class TargetSpec:
         dims: one decoder layer of the target.
         embedding: raw rows of the input embedding.
         head: the target's head; a draft's head starts from its rows.
-        final_norm: weight of the norm before the head, when it is a plain RMSNorm scale of hidden_size entries.
         num_aux: auxiliary states that TargetStates.aux concatenates.
     """
 
     dims: DecoderDims
     embedding: Float[Tensor, "V H"]
     head: LinearHead
-    final_norm: Float[Tensor, " H"] | None
     num_aux: int

@@ -66,7 +66,9 @@ def compare(
     )
     begin = time.monotonic()
     requests = [Request(c.id, 0, tuple(c.tokens[: starts[c.id]]), limit) for c in conversations]
-    decoded = [PromptRounds(c.request.prompt_id, c.request.prompt_id, c.rounds, len(c.tokens)) for c in decoder.run(requests)]
+    decoded = [
+        PromptRounds(c.request.prompt_id, c.request.prompt_id, c.rounds, len(c.tokens)) for c in decoder.run(requests)
+    ]
     seconds = time.monotonic() - begin
     measured = group_counts(decoded, exclude_past_end=True)
     texts = [(c.id, c.tokens[: starts[c.id]], c.tokens[starts[c.id] :][:limit]) for c in conversations]

@@ -25,7 +25,8 @@ class Eagle3(Draft):
         spec: the target's dimensions, embedding (shared, frozen) and head.
         vocab: the draft vocabulary.
         num_depths: depths K of the training-time test.
-        head_init: ``target`` starts the head from the target's rows (scaled as the target's head is), ``random`` not.
+        head_init: ``target`` starts the head from the target's rows (scaled as the target's head is) and the norm
+            before it at logits of unit variance; ``random`` starts from neither.
         norm_before_residual: the layer's residual stream starts at hidden_norm(h) instead of h.
 
     Raises:
@@ -67,8 +68,9 @@ class Eagle3(Draft):
             if spec.head.bias is not None:
                 raise ValueError("draft.head_init=target: the target's head has a bias, which an EAGLE-3 head has not")
             self.lm_head.weight.copy_(spec.head.weight[self.vocab.ids.to(spec.head.weight.device)] * spec.head.scale)
-            if spec.final_norm is not None:
-                self.norm.weight.copy_(spec.final_norm)
+            # Logits of about unit variance at the start: the target's rows are long, and steps spent on unlearning
+            # confident nonsense are lost.
+            self.norm.weight.fill_(1.0 / float(self.lm_head.weight.norm(dim=1).mean()))
         else:
             raise ValueError(f"draft.head_init: expected 'target' or 'random', got {head_init!r}")
 

@@ -104,7 +104,6 @@ class TransformersTarget:
             dims=_decoder_dims(self.config),
             embedding=self.embedding,
             head=self.head,
-            final_norm=self._plain_final_norm(),
             num_aux=len(self.aux_layer_ids),
         )
         self.fingerprint = self._fingerprint()
@@ -224,19 +223,6 @@ class TransformersTarget:
             yield
             return
         raise ValueError(f"{self.attn_implementation} needs a CUDA device, got {self.device}")
-
-    def _plain_final_norm(self) -> Tensor | None:
-        """The final norm's weight where the norm is weight * x / rms(x); Gemma's, for one, is (1 + weight)."""
-        norm: Any = getattr(self._decoder, "norm", None)
-        if getattr(norm, "weight", None) is None:
-            return None
-        weight: Tensor = norm.weight.detach()
-        # A mean other than zero tells LayerNorm from RMSNorm.
-        probe = torch.linspace(-1.0, 2.0, weight.numel(), device=self.device, dtype=torch.float32)
-        eps = getattr(self.config, "rms_norm_eps", 1e-6)
-        plain = weight.float() * probe * (probe.square().mean() + eps).rsqrt()
-        actual = norm(probe.to(self.dtype)).float()
-        return weight if torch.allclose(plain, actual, rtol=2e-2, atol=1e-3) else None
 
     def _fingerprint(self) -> str:
         """Digest of a sample of every parameter, rounded to bfloat16 so that loading in another dtype keeps it."""

@@ -14,15 +14,17 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.singleton import Singleton
 
 from lkspec import cli
+from lkspec.results import RunFolder
 
 REPOSITORY = Path(__file__).parents[2]
 CPU = ("target.device=cpu", "trainer.accelerator=cpu")
-# A small draft, 14 conversations in a few micro-batches: a step takes a tenth of a second.
-TINY_DATA = ("target=tiny", "data=tiny", "data.train=tiny:16", "data.max_tokens=700")
+# A small draft, 9 conversations in 4 steps an epoch of a tenth of a second each.
+TINY_DATA = ("target=tiny", "data=tiny", "data.train=tiny:10", "data.max_tokens=512")
 TINY_RUN = (*TINY_DATA, "trainer=smoke", "draft.num_depths=2", *CPU)
 NO_EVALUATION = ("~callbacks.acceptance_length",)
 # A few tokens of decoding: enough rounds to count.
@@ -115,7 +117,27 @@ def only_run(root: Path = Path("runs")) -> Path:
     return folders[0]
 
 
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """The newest checkpoint's."""
+    checkpoint = RunFolder(run).last_checkpoint
+    assert checkpoint is not None
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
 def logged(run: Path, name: str) -> dict[int, float]:
     """Step -> value of a metric that ``logger=csv`` wrote."""
     with (run / "csv" / "metrics.csv").open() as file:
         return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+
+
+def assert_same_training(first: Path, second: Path, *, atol: float, from_step: int = 0) -> None:
+    """Losses (of two runs with ``logger=csv``) from a step on, and final weights, are equal up to ``atol``."""
+    expected = {step: loss for step, loss in logged(first, "train/loss").items() if step >= from_step}
+    losses = logged(second, "train/loss")
+    assert list(losses) == list(expected)
+    assert len(losses) > 1
+    difference = max(abs(loss - expected[step]) for step, loss in losses.items())
+    assert difference <= atol, f"losses differ by {difference}"
+    others = weights(second)
+    for name, value in weights(first).items():
+        torch.testing.assert_close(value, others[name], atol=atol, rtol=0, msg=lambda text, n=name: f"{n}: {text}")

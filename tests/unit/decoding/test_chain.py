@@ -18,7 +18,7 @@ from lkspec.vocab import DraftVocab
 
 V, M = 5, 11
 SOME = DraftVocab(torch.tensor([0, 1, 3]), V)
-GREEDY, SAMPLED = Sampling(temperature=0), Sampling(temperature=1)
+GREEDY, SAMPLED = Sampling(temperature=0.0), Sampling(temperature=1.0)
 
 
 def toy_target(**options) -> ToyTarget:

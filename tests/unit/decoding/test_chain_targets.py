@@ -19,7 +19,7 @@ from lkspec.vocab import DraftVocab
 KINDS = ["tiny_target", "tiny_gemma3", "tiny_gpt_oss"]
 NUM_NEW = 20  # more than two windows of the sliding layers
 NEAR_TIE = 1e-4
-GREEDY = Sampling(temperature=0)
+GREEDY = Sampling(temperature=0.0)
 
 
 def make_prompts() -> list[tuple[int, ...]]:

@@ -185,8 +185,8 @@ PAIRS = {
     "q-with-zeros": ChainPair(3, FULL4, Sampling(), 14, ruled_out=True),
     "p-equals-q": ChainPair(2, FULL5, Sampling(), 15, draft_is_target=True),
     "p-equals-q-filtered": ChainPair(3, FULL4, Sampling(top_k=2), 16, draft_is_target=True),
-    "greedy": ChainPair(3, FULL4, Sampling(temperature=0), 17),
-    "greedy-truncated": ChainPair(2, SOME5, Sampling(temperature=0), 18),
+    "greedy": ChainPair(3, FULL4, Sampling(temperature=0.0), 17),
+    "greedy-truncated": ChainPair(2, SOME5, Sampling(temperature=0.0), 18),
 }
 
 

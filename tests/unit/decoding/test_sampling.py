@@ -91,7 +91,7 @@ def test_filters_leave_leading_dimensions_alone() -> None:
 
 def test_greedy_is_one_hot_at_the_argmax() -> None:
     logits = torch.tensor([[0.0, 5.0, 4.9], [1.0, 1.0, 0.0]])
-    assert distribution(logits, temperature=0).tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert distribution(logits, temperature=0.0).tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
 def test_draft_filter() -> None:
@@ -106,7 +106,7 @@ def test_draft_filter() -> None:
     np.testing.assert_allclose(both.draft_probs(logits), filtered, atol=1e-13)
     np.testing.assert_allclose(none.draft_probs(logits), plain, atol=1e-13)
     for name in ("same", "none"):
-        greedy = Sampling(temperature=0, draft_filter=name)
+        greedy = Sampling(temperature=0.0, draft_filter=name)
         assert greedy.is_greedy
         assert greedy.draft_probs(logits).tolist() == [1, 0, 0, 0]
     assert not both.is_greedy

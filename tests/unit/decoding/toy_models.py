@@ -48,7 +48,7 @@ class ToyTarget:
         assert int(positions.max()) < self.max_positions, "a real model would read past its context"
         self.widths.append(len(tokens))
         contexts = _remember(cache, positions, positions * tokens, len(self.table))
-        return TargetStates(aux=contexts[..., None], last=logs(self.table)[contexts])
+        return TargetStates(aux=contexts[..., None].double(), last=logs(self.table)[contexts])
 
     def context(self, text: Sequence[int]) -> int:
         return sum(i * token for i, token in enumerate(text)) % len(self.table)
@@ -73,11 +73,11 @@ class ToyDraft(Draft):
         for row, length in enumerate(fresh.lengths.tolist()):
             if int(fresh.positions[row, length - 1]) < self.checked_below:
                 assert torch.equal(contexts[row, :length], derived[row, :length])
-        return contexts[..., None]
+        return contexts[..., None].double()
 
     def propose(self, cache: PositionCache, fresh: FreshStates, sample: DraftSampler, num_draft_tokens: int) -> Tensor:
         rows = torch.arange(len(fresh.lengths))
-        contexts = self.observe(cache, fresh)[rows, fresh.lengths - 1]
+        contexts = self.observe(cache, fresh)[rows, fresh.lengths - 1].long()
         anchors = fresh.positions[rows, fresh.lengths - 1][:, None]
         tokens: list[Tensor] = []
         for depth in range(1, num_draft_tokens + 1):
@@ -127,9 +127,9 @@ class ScriptedDraft(Draft):
 def _remember(cache: PositionCache, positions: Tensor, terms: Tensor, modulus: int) -> Tensor:
     """Stores a term at each position and returns, [B, S], the sum of all that each position sees, mod M."""
     cache.at(positions)
-    stored = terms[:, None, :, None]
+    stored = terms.double()[:, None, :, None]
     visible, _ = cache.update(stored, stored, 0)
-    return (cache.mask()[:, 0] * visible[:, 0, None, :, 0]).sum(-1) % modulus
+    return (cache.mask()[:, 0] * visible[:, 0, None, :, 0].long()).sum(-1) % modulus
 
 
 def decode_one(

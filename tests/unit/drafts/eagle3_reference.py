@@ -28,9 +28,7 @@ DIMS = DecoderDims(
 SOME = DraftVocab(torch.arange(0, V, 4), V)
 
 
-def make_spec(
-    *, bias: bool = False, scale: float = 1.0, final_norm: bool = True, dtype: torch.dtype = torch.float32
-) -> TargetSpec:
+def make_spec(*, bias: bool = False, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> TargetSpec:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -40,7 +38,6 @@ def make_spec(
         dims=DIMS,
         embedding=draw(V, 16),
         head=LinearHead(weight=draw(V, 16), bias=draw(V) if bias else None, scale=scale),
-        final_norm=draw(16) if final_norm else None,
         num_aux=3,
     )
 

@@ -166,7 +166,7 @@ def target(request) -> TinyTarget:
 def test_forced_outcomes(target: TinyTarget, norm_before_residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy rounds rejected at depth 1, in the middle and nowhere, and one row whose text ends inside a round."""
     requests = make_requests(3, 24)
-    greedy = run(target, None, requests, sampling=Sampling(temperature=0), batch_size=3)
+    greedy = run(target, None, requests, sampling=Sampling(temperature=0.0), batch_size=3)
     texts = [(*c.request.tokens, *c.tokens) for c in greedy]
     vocab = DraftVocab(torch.tensor(sorted({*range(0, target.vocab_size, 2), *(t for x in texts for t in x)})), 264)
 
@@ -182,7 +182,7 @@ def test_forced_outcomes(target: TinyTarget, norm_before_residual: bool, monkeyp
     eos = next(first[place] for place in (12, 11, 8, 7, 16, 15) if first[place] not in first[:place])
     monkeypatch.setattr(target, "eos_ids", (eos,))
     draft = RecordingDraft(make_draft(target, vocab, norm_before_residual=norm_before_residual), force)
-    completions = run(target, draft, requests, sampling=Sampling(temperature=0), batch_size=3)
+    completions = run(target, draft, requests, sampling=Sampling(temperature=0.0), batch_size=3)
     accepted = [made.accepted for made in completions[0].rounds]
     assert completions[0].finish_reason == "stop"
     assert completions[0].rounds[-1].past_end

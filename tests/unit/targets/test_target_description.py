@@ -135,14 +135,6 @@ def test_dims_of_each_kind(tiny_target, tiny_gemma3, tiny_gpt_oss):
     assert tiny_gpt_oss.spec.dims.rope_attention_factor > 1
 
 
-def test_plain_final_norm_is_told_from_other_norms(tiny_target, tiny_gemma3):
-    """A draft may start from the target's final norm only where it means the same: weight * x / rms(x)."""
-    assert tiny_target.spec.final_norm.equal(tiny_target._decoder.norm.weight)
-    assert tiny_gemma3.spec.final_norm is None  # (1 + weight) * x / rms(x)
-    assert wrap(random_model(CohereConfig(**SIZES))).spec.final_norm is None  # LayerNorm without a bias
-    assert wrap(random_model(PhiConfig(**SIZES))).spec.final_norm is None  # under another name
-
-
 def test_spec_is_the_targets_own(tiny_target):
     spec = tiny_target.spec
     assert spec.embedding.equal(tiny_target.model.get_input_embeddings().weight)
