@@ -81,8 +81,21 @@ class SpeculatorModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self._make_optimizer([p for p in self.draft.parameters() if p.requires_grad])
-        num_steps = int(self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer, num_steps)}
+        return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer, self._num_steps())}
+
+    def _num_steps(self) -> int:
+        """Optimiser steps of the whole run.
+
+        Not ``trainer.estimated_stepping_batches``: it makes the loader before a resumed run's place in the epoch is
+        known, and Lightning then never restores that place.
+        """
+        trainer = self.trainer
+        limit, num_steps = trainer.limit_train_batches, len(trainer.datamodule.train_dataloader())
+        per_epoch = min(limit, num_steps) if isinstance(limit, int) else int(limit * num_steps)
+        limits = [trainer.max_steps, trainer.max_epochs * per_epoch]
+        if max(limits) < 0:
+            raise ValueError("trainer.max_epochs, trainer.max_steps: set one of them, schedules need the run's length")
+        return min(steps for steps in limits if steps >= 0)
 
     def stats(self, batch: Batch, *, temperature: float = 1.0) -> TokenStats:
         """Statistics of every supervised token of a batch at every trained depth."""

@@ -39,8 +39,8 @@ class SpeculatorDataModule(LightningDataModule):
         on_bad_row: "error" or "skip".
         val_fraction: share of the training conversations held out when no ``validation`` is named.
         split_seed: of that split; apart from ``seed``, so that runs with different seeds share their validation set.
-        limit_conversations: use only so many training conversations, evenly spaced over the data: files are often
-            sorted by domain.
+        limit_conversations: train on only so many conversations, evenly spaced over the data: files are often sorted
+            by domain. The draft vocabulary is still counted over all of them.
 
     Raises:
         ValueError: sizes that contradict each other, both or unusable validation settings.
@@ -87,6 +87,7 @@ class SpeculatorDataModule(LightningDataModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._eos_ids: tuple[int, ...] = ()
         self._train: EncodedStore | None = None
+        self._counted: EncodedStore | None = None
         self._validation: EncodedStore | None = None
 
     def bind(self, tokenizer: PreTrainedTokenizerBase, *, eos_ids: tuple[int, ...], max_positions: int) -> None:
@@ -111,8 +112,6 @@ class SpeculatorDataModule(LightningDataModule):
             return
         self.num_bad_rows = self.num_dropped = 0
         conversations = self._read(self._train_path)
-        if self._limit is not None and self._limit < len(conversations):
-            conversations = [conversations[i * len(conversations) // self._limit] for i in range(self._limit)]
         held_out = [c for c in conversations if is_held_out(c.id, fraction=self._val_fraction, seed=self._split_seed)]
         names = {conversation.id for conversation in held_out}
         if self._val_fraction and not 0 < len(names) < len(conversations):
@@ -120,13 +119,14 @@ class SpeculatorDataModule(LightningDataModule):
                 f"data.val_fraction={self._val_fraction} holds out {len(names)} of {len(conversations)} conversations: "
                 "change it, or name a validation set"
             )
-        train, validation = EncodedStore(), EncodedStore()
-        self._encode([c for c in conversations if c.id not in names], train, self._train_path)
+        everything, validation = EncodedStore(), EncodedStore()
+        self._encode([c for c in conversations if c.id not in names], everything, self._train_path)
         if held_out:
             self._encode(held_out, validation, f"{self._train_path} (held out)")
         for path in self._validation_paths:
             self._encode(self._read(path), validation, path)
-        self._train, self._validation = train, validation
+        self._counted, self._validation = everything, validation
+        self._train = _evenly_spaced(everything, self._limit)
 
     def _read(self, path: str) -> list[Conversation]:
         read = read_conversations(path, on_bad_row=self.on_bad_row)
@@ -212,12 +212,13 @@ class SpeculatorDataModule(LightningDataModule):
         return [store[index] for index in chosen]
 
     def token_counts(self, vocab_size: int) -> Int[Tensor, " V"]:
-        """How often each token is supervised in the training conversations.
+        """How often each token is supervised in all conversations of the training data, beyond the limit too.
 
         Raises:
             ValueError: the tokenizer made a token that the target's vocabulary does not have.
         """
-        counts = np.bincount(self.train_set.supervised_tokens(), minlength=vocab_size)
+        assert self._counted is not None, "call setup() first"
+        counts = np.bincount(self._counted.supervised_tokens(), minlength=vocab_size)
         if counts.size > vocab_size:
             raise ValueError(
                 f"the conversations hold the token {counts.size - 1}, but the target's vocabulary has {vocab_size}: "
@@ -259,6 +260,15 @@ class SpeculatorDataModule(LightningDataModule):
     @property
     def _rank(self) -> int:
         return 0 if self.trainer is None else int(self.trainer.global_rank)
+
+
+def _evenly_spaced(store: EncodedStore, count: int | None) -> EncodedStore:
+    if count is None or count >= len(store):
+        return store
+    chosen = EncodedStore()
+    for index in range(count):
+        chosen.append(store[index * len(store) // count])
+    return chosen
 
 
 def is_held_out(conversation_id: str, *, fraction: float, seed: int) -> bool:
