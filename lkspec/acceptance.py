@@ -47,20 +47,20 @@ def walk_texts(
     *,
     temperature: float,
     num_draft_tokens: int,
-) -> list[WalkCount | None]:
-    """Walks answers that the target wrote at a temperature.
+) -> list[tuple[WalkCount | None, ...]]:
+    """Walks answers that the target wrote at a temperature, with rounds of 1, 2, .. K drafted tokens.
 
     Args:
         target: the target.
         draft: the draft.
         texts: (name, prompt tokens, answer tokens) of each.
         temperature: at which the answers were sampled, without filters.
-        num_draft_tokens: K of each round.
+        num_draft_tokens: the largest K.
 
     Returns:
-        The count of each text; None where the answer is too short for one whole round.
+        The count of each text at each K; None where the answer is too short for one whole round.
     """
-    counts: dict[int, WalkCount] = {}
+    counts: dict[int, tuple[WalkCount | None, ...]] = {}
     for indices in _grouped([len(prompt) + len(answer) for _, prompt, answer in texts]):
         batch = _as_batch([texts[index] for index in indices]).to(target.device)
         stats = draft_stats(
@@ -73,10 +73,11 @@ def walk_texts(
         )
         accept = stats.hit if temperature == 0 else stats.accept_prob
         for row, index in enumerate(indices):
-            walked = walk_turns(accept[:, row], stats.mask[:, row], batch.turns[row])
-            if walked:
-                counts[index] = walked[0]
-    return [counts.get(index) for index in range(len(texts))]
+            counts[index] = tuple(
+                next(iter(walk_turns(accept[:depths, row], stats.mask[:depths, row], batch.turns[row])), None)
+                for depths in range(1, num_draft_tokens + 1)
+            )
+    return [counts[index] for index in range(len(texts))]
 
 
 def _grouped(lengths: Sequence[int]) -> Iterable[list[int]]:

@@ -46,12 +46,13 @@ class Setting:
 class Answer:
     """One turn of one prompt, answered by speculative decoding.
 
-    ``walk`` is the walk along this very answer (None: too short for a whole round, or filtered sampling).
+    ``walks`` is the walk along this very answer at K = 1, 2, .. (None: too short for a whole round); empty where
+    sampling is filtered.
     """
 
     prompt: BenchmarkPrompt
     completion: Completion
-    walk: WalkCount | None
+    walks: tuple[WalkCount | None, ...]
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,16 @@ class Measurement:
             for answer in self.answers
         ]
 
-    def walk_acceptance_length(self) -> float:
-        """tau of the walk along the answers, pooled; nan where no answer can be walked."""
-        counts = [answer.walk for answer in self.answers if answer.walk is not None]
-        rounds = sum(count.rounds for count in counts)
-        return 1 + sum(count.accepted for count in counts) / rounds if rounds > 0 else float("nan")
+    def walk_acceptance_lengths(self) -> tuple[float, ...]:
+        """tau of the walk along the answers at K = 1, 2, .., pooled; nan where no answer can be walked."""
+        taus = []
+        for depth in range(self.setting.num_draft_tokens):
+            counts = [
+                count for answer in self.answers for count in answer.walks[depth : depth + 1] if count is not None
+            ]
+            rounds = sum(count.rounds for count in counts)
+            taus.append(1 + sum(count.accepted for count in counts) / rounds if rounds > 0 else float("nan"))
+        return tuple(taus)
 
 
 def measure(
@@ -196,13 +202,13 @@ def _walked(
 ) -> tuple[Answer, ...]:
     """The answers with the walk along each, in a fixed order."""
     ordered = sorted(done, key=lambda pair: (pair[0].id, pair[1].request.turn))
-    walks: list[WalkCount | None] = [None] * len(ordered)
+    walks: list[tuple[WalkCount | None, ...]] = [()] * len(ordered)
     if setting.is_unfiltered:
         texts = [(prompt.id, completion.request.tokens, completion.tokens) for prompt, completion in ordered]
         walks = walk_texts(
             target, draft, texts, temperature=setting.temperature, num_draft_tokens=setting.num_draft_tokens
         )
-    return tuple(Answer(prompt, completion, walk) for (prompt, completion), walk in zip(ordered, walks, strict=True))
+    return tuple(Answer(prompt, completion, along) for (prompt, completion), along in zip(ordered, walks, strict=True))
 
 
 def gathered(measurement: Measurement) -> Measurement:

@@ -58,6 +58,7 @@ class ResultRow:
             ``tau = 1 + sum``.
         tau_whole_rounds: tau over the rounds whose K proposals lie inside the text, as the walk counts them.
         walk_tau: the acceptance length estimated without decoding, along the same text.
+        walk_over_k: the same with rounds of 1, 2, .. num_draft_tokens drafted tokens, a JSON list.
         speedup: tokens_per_second over those of the target alone.
         eta, eta_source: the adaptive weight's eta and who chose it.
         protocol: everything else that tau depends on (filters, limits, templates, number of prompts), JSON.
@@ -84,6 +85,7 @@ class ResultRow:
     alpha: tuple[float, ...]
     tau_whole_rounds: float | None
     walk_tau: float | None
+    walk_over_k: str
     tokens_per_second: float | None
     speedup: float | None
     num_prompts: int

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -109,7 +110,8 @@ class Suite:
         self.check(draft)
         settings = self.options.settings()
         if stage == "before":  # one number to compare with is enough
-            settings = [s for s in settings if s.num_draft_tokens == max(self.options.num_draft_tokens)]
+            largest = max(setting.num_draft_tokens for setting in settings)
+            settings = [setting for setting in settings if setting.num_draft_tokens == largest]
         rank, num_replicas = _rank_and_world()
         measurements = []
         with _progress(visible=rank == 0) as progress:
@@ -144,6 +146,7 @@ class Suite:
         whole = acceptance_metrics(
             measurement.prompt_rounds(), num_draft_tokens=setting.num_draft_tokens, exclude_past_end=True
         )
+        walked = measurement.walk_acceptance_lengths()
         origin = facts.folder.origin
         protocol = {
             **measurement.protocol,
@@ -175,7 +178,8 @@ class Suite:
             high=metrics.high,
             alpha=metrics.acceptance_per_position,
             tau_whole_rounds=whole.tau,
-            walk_tau=measurement.walk_acceptance_length(),
+            walk_tau=walked[-1],
+            walk_over_k=json.dumps([None if math.isnan(tau) else round(tau, 6) for tau in walked]),
             tokens_per_second=measurement.tokens_per_second,
             speedup=measurement.speedup,
             num_prompts=metrics.num_prompts,
@@ -257,13 +261,25 @@ def _rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+def _with_walks(rows: dict[tuple[str, float, int], ResultRow]) -> list[ResultRow]:
+    """The rows and, for every smaller K that was not measured, a row that holds only the walk along the same text."""
+    walks = {}
+    for (benchmark, temperature, _), row in sorted(rows.items()):
+        for depth, tau in enumerate(json.loads(row.walk_over_k), start=1):
+            nan = math.nan
+            walks[benchmark, temperature, depth] = replace(
+                row, num_draft_tokens=depth, tau=nan, low=nan, high=nan, walk_tau=tau
+            )
+    return list((walks | rows).values())
+
+
 def draw_run(folder: RunFolder) -> None:
     """Draws the run's figures from its own files: tau over K, acceptance per position, alpha over time."""
     rows = folder.read_results()
     newest = {(row.benchmark, row.temperature, row.num_draft_tokens): row for row in rows if row.steps > 0}
     before = {(row.benchmark, row.temperature, row.num_draft_tokens): row for row in rows if row.steps == 0}
     if newest:
-        plot_tau_over_k(list(newest.values()), folder.figures_dir / "tau_over_k.png", before=list(before.values()))
+        plot_tau_over_k(_with_walks(newest), folder.figures_dir / "tau_over_k.png", before=list(before.values()))
         plot_acceptance_per_position(list(newest.values()), folder.figures_dir / "acceptance_per_position.png")
     history = folder.read_depth_history("train/alpha")
     if history:

@@ -73,7 +73,8 @@ def compare(
     measured = group_counts(decoded, exclude_past_end=True)
     texts = [(c.id, c.tokens[: starts[c.id]], c.tokens[starts[c.id] :][:limit]) for c in conversations]
     walks = walk_texts(run.target, run.draft, texts, temperature=temperature, num_draft_tokens=depths)
-    walked = {text[0]: (w.accepted, w.rounds) for text, w in zip(texts, walks, strict=True) if w is not None}
+    last = {text[0]: along[-1] for text, along in zip(texts, walks, strict=True)}
+    walked = {name: (count.accepted, count.rounds) for name, count in last.items() if count is not None}
     difference, low, high = paired_difference_interval(measured, walked)
     return {
         "run": run.folder.name,

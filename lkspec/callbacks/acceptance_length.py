@@ -61,6 +61,6 @@ def measurement_scalars(measurement: Measurement) -> dict[str, Any]:
     prefix = f"eval/{measurement.benchmark}/T{setting.temperature:g}"
     return {
         f"{prefix}/acceptance_length": metrics.tau,
-        f"{prefix}/walk_acceptance_length": measurement.walk_acceptance_length(),
+        f"{prefix}/walk_acceptance_length": measurement.walk_acceptance_lengths()[-1],
         f"{prefix}/tokens_per_second": measurement.tokens_per_second,
     }

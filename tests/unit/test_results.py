@@ -47,6 +47,7 @@ def result_row(**changes) -> ResultRow:
         alpha=(0.3, 1 / 30),
         tau_whole_rounds=None,
         walk_tau=None,
+        walk_over_k="[]",
         tokens_per_second=None,
         speedup=None,
         num_prompts=5,
@@ -351,10 +352,10 @@ def test_results_columns(tmp_path):
     header, first, second = path.read_text().splitlines()
     assert header == (
         "run,commit,code_hash,draft,loss,loss_args,target,data_fingerprint,seed,supervised_tokens,steps,benchmark,"
-        "temperature,num_draft_tokens,engine,tau,low,high,alpha_1,alpha_2,alpha_3,tau_whole_rounds,walk_tau,"
+        "temperature,num_draft_tokens,engine,tau,low,high,alpha_1,alpha_2,alpha_3,tau_whole_rounds,walk_tau,walk_over_k,"
         "tokens_per_second,speedup,num_prompts,eta,eta_source,protocol"
     )
-    assert ",1.3333333333333333,1.2,1.4,0.3,0.03333333333333333,,,,,,5,,," in first
+    assert ",1.3333333333333333,1.2,1.4,0.3,0.03333333333333333,,,,[],,,5,,," in first
     assert ",0.5,0.25,0.125," in second
 
 

@@ -1,0 +1,144 @@
+"""The borders between packages, read off the import statements (those inside functions included)."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LEAVES = {"lkspec.types", "lkspec.vocab", "lkspec.kv_cache", "lkspec.files"}
+PROTOCOLS = {"lkspec.drafts.base", "lkspec.targets.base"}
+PACKAGES = ("losses", "drafts", "targets", "data", "benchmarks", "decoding")
+ENTRY_POINTS = {f"lkspec.{name}" for name in ("train", "evaluate", "generate", "inspect", "show")}
+MAY_IMPORT_HYDRA = ENTRY_POINTS | {"lkspec.config", "lkspec.assemble"}
+MAY_IMPORT_LIGHTNING = {"lkspec.module", "lkspec.data.datamodule", "lkspec.train"}
+NOT_ARCHITECTURES = {"lkspec.drafts", "lkspec.drafts.base", "lkspec.drafts.layers"}
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(file): file for file in sorted((ROOT / "lkspec").rglob("*.py"))}
+
+
+def imported(source: str, module: str, known: set[str], *, is_package: bool = False) -> set[str]:
+    """Full names of the modules that a module's source imports; ``from package import module`` counts as the module."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")
+            kept = len(parents) - node.level + is_package
+            base = ".".join([*(parents[:kept] if node.level else []), *([node.module] if node.module else [])])
+            inner = {f"{base}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else base for name in inner}
+    return found
+
+
+def imports_of(module: str) -> set[str]:
+    file = FILES[module]
+    return imported(file.read_text(encoding="utf-8"), module, set(FILES), is_package=file.name == "__init__.py")
+
+
+IMPORTS = {module: imports_of(module) for module in FILES}
+
+
+def ours(module: str) -> set[str]:
+    return {name for name in IMPORTS[module] if name.split(".")[0] == "lkspec"}
+
+
+def libraries(module: str) -> set[str]:
+    return {name.split(".")[0] for name in IMPORTS[module]} - {"lkspec"}
+
+
+def within(package: str) -> list[str]:
+    return [module for module in FILES if module == package or module.startswith(f"{package}.")]
+
+
+def reached(module: str) -> Iterator[str]:
+    """The module and everything of ours that importing it loads."""
+    waiting, seen = [module], set()
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting.extend(ours(name))
+            yield name
+
+
+def test_every_form_of_import_is_found():
+    source = """
+import torch.nn as nn, lkspec.vocab
+from lkspec.drafts import base, layers
+from lkspec.types import Batch
+from . import layers as near
+from .base import Draft
+from ..targets.base import Target
+if TYPE_CHECKING:
+    import hydra
+def late():
+    from lightning.pytorch import Trainer
+"""
+    known = {"lkspec.drafts.base", "lkspec.drafts.layers", "lkspec.types"}
+    assert imported(source, "lkspec.drafts.eagle3", known) == {
+        "torch.nn", "lkspec.vocab", "lkspec.drafts.base", "lkspec.drafts.layers", "lkspec.types",
+        "lkspec.targets.base", "hydra", "lightning.pytorch",
+    }  # fmt: skip
+    assert imported("from .base import Draft", "lkspec.drafts", known, is_package=True) == {"lkspec.drafts.base"}
+
+
+def test_the_modules_under_test_are_there():
+    named = LEAVES | PROTOCOLS | MAY_IMPORT_HYDRA | MAY_IMPORT_LIGHTNING | NOT_ARCHITECTURES
+    assert named <= set(FILES)
+    assert all(len(within(f"lkspec.{package}")) > 1 for package in PACKAGES)
+
+
+def test_imports_of_ours_lead_to_modules():
+    assert {module: ours(module) - set(FILES) for module in FILES if ours(module) - set(FILES)} == {}
+
+
+@pytest.mark.parametrize("module", sorted(LEAVES))
+def test_leaves_import_nothing_of_ours(module):
+    assert ours(module) == set()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_leaves_protocols_and_themselves_only(package):
+    own = within(f"lkspec.{package}")
+    allowed = LEAVES | PROTOCOLS | set(own)
+    assert {module: ours(module) - allowed for module in own if ours(module) - allowed} == {}
+
+
+def test_only_entry_points_know_hydra():
+    users = {module for module in FILES if libraries(module) & {"hydra", "omegaconf"}}
+    assert users - MAY_IMPORT_HYDRA == set()
+    assert "lkspec.train" in users
+
+
+def test_only_module_callbacks_datamodule_and_train_know_lightning():
+    users = {module for module in FILES if libraries(module) & {"lightning", "pytorch_lightning"}}
+    assert users - MAY_IMPORT_LIGHTNING - set(within("lkspec.callbacks")) == set()
+    assert "lkspec.module" in users
+
+
+@pytest.mark.parametrize("module", within("lkspec.benchmarks"))
+def test_benchmarks_need_no_torch(module):
+    assert {name for name in reached(module) if "torch" in libraries(name)} == set()
+
+
+def test_no_architecture_imports_another():
+    architectures = set(within("lkspec.drafts")) - NOT_ARCHITECTURES
+    assert "lkspec.drafts.eagle3" in architectures
+    for module in architectures:
+        assert ours(module) & (architectures - {module}) == set()
+
+
+def test_what_drafts_share_knows_no_architecture():
+    architectures = set(within("lkspec.drafts")) - NOT_ARCHITECTURES
+    assert all(ours(module) & architectures == set() for module in NOT_ARCHITECTURES)

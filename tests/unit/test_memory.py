@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lkspec.targets.memory import RememberedStates
+from lkspec.types import Batch, TargetStates, stack_rows
+
+PLENTY = 1.0
+NUM_STATES = 4 * 64  # numbers a token: three auxiliary states and the last one, H = 64
+
+
+class CountingTarget:
+    """Passes batches on and notes what was computed."""
+
+    def __init__(self, target) -> None:
+        self.target = target
+        self.computed: list[tuple[tuple[str, ...], ...]] = []
+
+    def states(self, batch: Batch) -> TargetStates:
+        self.computed.append(batch.ids)
+        return self.target.states(batch)
+
+
+@pytest.fixture
+def counting(tiny_target) -> CountingTarget:
+    return CountingTarget(tiny_target)
+
+
+def text(length: int, *, seed: int) -> Tensor:
+    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def rows_of(*rows: list[tuple[str, Tensor]]) -> Batch:
+    """A batch of rows of named conversations, padded on the right."""
+    parts = [[tokens for _, tokens in row] for row in rows]
+    segments = stack_rows(torch.cat([torch.full_like(t, i + 1) for i, t in enumerate(row)]) for row in parts)
+    return Batch(
+        tokens=stack_rows(torch.cat(row) for row in parts),
+        positions=stack_rows(torch.cat([torch.arange(len(t)) for t in row]) for row in parts),
+        segments=segments,
+        turns=segments,
+        ids=tuple(tuple(name for name, _ in row) for row in rows),
+    )
+
+
+A, B, C, D = (text(length, seed=length) for length in (12, 30, 7, 19))
+PADDED = rows_of([("a", A)], [("b", B)], [("c", C)])
+PACKED = rows_of([("a", A), ("c", C), ("d", D)], [("b", B), ("c", C)])
+
+
+def assert_same_states(got: TargetStates, expected: TargetStates, batch: Batch, tolerance: float = 1e-6) -> None:
+    """Equal where there is text (relative to the largest entry); what padding holds is nobody's business."""
+    for ours, theirs in ((got.aux, expected.aux), (got.last, expected.last)):
+        assert ours.shape == theirs.shape
+        real = batch.segments > 0
+        assert float((ours[real] - theirs[real]).abs().max() / theirs[real].abs().max()) < tolerance
+
+
+@pytest.mark.parametrize("batch", [PADDED, PACKED], ids=["padded", "packed"])
+def test_states_are_the_targets(tiny_target, batch):
+    remembered = RememberedStates(tiny_target, PLENTY)
+    expected = tiny_target.states(batch)
+    assert_same_states(remembered(batch), expected, batch)
+    assert_same_states(remembered(batch), expected, batch)  # from memory
+
+
+def test_what_was_seen_is_not_computed_again(counting):
+    remembered = RememberedStates(counting, PLENTY)
+    first = remembered(PADDED)
+    assert counting.computed == [(("a",),), (("b",),), (("c",),)]
+    second = remembered(PADDED)
+    assert len(counting.computed) == 3
+    assert second.aux.equal(first.aux)
+    assert second.last.equal(first.last)
+    remembered(PACKED)  # shuffled into other batches the next epoch: only d is new
+    assert counting.computed[3:] == [(("d",),)]
+
+
+def test_states_do_not_depend_on_the_rest_of_the_batch(tiny_target):
+    packed = RememberedStates(tiny_target, PLENTY)(PACKED)
+    alone = RememberedStates(tiny_target, PLENTY)(rows_of([("d", D)]))
+    start = len(A) + len(C)
+    assert packed.last[0, start : start + len(D)].equal(alone.last[0])
+    assert packed.aux[0, start : start + len(D)].equal(alone.aux[0])
+
+
+def test_one_id_with_two_texts_is_not_mixed_up(counting):
+    remembered = RememberedStates(counting, PLENTY)
+    same_length = text(len(A), seed=99)
+    for tokens in (A, same_length, A[:-1], A, same_length):
+        batch = rows_of([("a", tokens)])
+        assert_same_states(remembered(batch), counting.target.states(batch), batch)
+    assert len(counting.computed) == 3
+
+
+def test_once_full_the_rest_is_computed_each_time(counting):
+    room = (len(A) + len(C)) * NUM_STATES * 4  # bytes in float32: a fits, b does not, c just does
+    remembered = RememberedStates(counting, (room + 0.5) / 1e9)
+    expected = counting.target.states(PADDED)
+    for _ in range(3):
+        assert_same_states(remembered(PADDED), expected, PADDED)
+    assert counting.computed == [(("a",),), (("b",),), (("c",),), (("b",),), (("b",),)]
+    remembered(rows_of([("a", A)]))
+    assert len(counting.computed) == 5
+
+
+def test_without_memory_whole_batches_are_computed(counting):
+    remembered = RememberedStates(counting, 0)
+    for _ in range(2):
+        assert_same_states(remembered(PACKED), counting.target.states(PACKED), PACKED, tolerance=1e-12)
+    assert counting.computed == [PACKED.ids, PACKED.ids]
+
+
+@pytest.mark.parametrize("made_inside", [False, True], ids=["batch made outside", "batch made inside"])
+def test_states_remembered_in_inference_mode_serve_training(counting, made_inside):
+    remembered = RememberedStates(counting, PLENTY)
+    with torch.inference_mode():
+        batch = PACKED if not made_inside else replace(PACKED, tokens=PACKED.tokens + 0, segments=PACKED.segments + 0)
+        remembered(batch)
+    assert len(counting.computed) == 4
+    states = remembered(PACKED)
+    assert len(counting.computed) == 4
+    assert not states.last.is_inference()
+    weight = torch.ones(64, requires_grad=True)
+    (states.last @ weight).sum().backward()  # saves the states for backward, which inference tensors refuse
+    expected = counting.target.states(PACKED).last[PACKED.segments > 0].sum(0)
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_caller_writes_into_the_states_is_not_remembered(tiny_target):
+    remembered = RememberedStates(tiny_target, PLENTY)
+    batch = rows_of([("a", A)])
+    expected = remembered(batch).last.clone()
+    remembered(batch).last.zero_()
+    assert remembered(batch).last.equal(expected)
