@@ -14,6 +14,7 @@ from lkspec.decoding.chain import BONUS, PREFILL, Completion
 # Light to dark green with depth; grey for tokens that cost a forward pass of the target each.
 _DEPTH_COLOURS = ("#d9f0d3", "#b2dfa5", "#8bcd7c", "#5db560", "#35994d", "#1b7c3d", "#0a5f2e", "#00441b")
 _TARGET_COLOUR = "#dddddd"
+_MAX_CHARACTER_TOKENS = 4  # bytes of the longest UTF-8 character
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ def pieces(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> list[P
     start = 0
     for stop in range(1, len(completion.tokens) + 1):
         text = str(tokenizer.decode(completion.tokens[start:stop]))
-        if "\ufffd" in text and stop < len(completion.tokens):
-            continue  # half a character: wait for its other tokens
+        # Half a character: wait for its other tokens, but not for ever, since a model can write bytes that are none.
+        if text.endswith("\ufffd") and stop - start < _MAX_CHARACTER_TOKENS and stop < len(completion.tokens):
+            continue
         found.append(Piece(text, completion.writers[stop - 1]))
         start = stop
     return found

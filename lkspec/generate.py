@@ -21,6 +21,7 @@ from lkspec.data.generation import (
     ResumableJsonl,
     bare_user_header,
     prompt_tokens,
+    prompts_digest,
     read_prompts,
 )
 from lkspec.decoding.chain import ChainDecoder, Completion, Request
@@ -35,9 +36,13 @@ def main(config: DictConfig) -> None:
     """Writes ``config.out``; resumes a partial file made with the same settings."""
     options = resolved(config)
     settings = {key: value for key, value in options.items() if key not in ("out", "batch_size")}
-    out = ResumableJsonl(Path(config.out), settings)
-    if config.prompts == "magpie" and not config.num_prompts:
+    prompts: list[Prompt] = []
+    if config.prompts != "magpie":
+        prompts = read_prompts(options["prompts"], field_name=config.field, limit=config.num_prompts)
+        settings["prompts_sha256"] = prompts_digest(prompts)
+    elif not config.num_prompts:
         raise ValueError("prompts=magpie: say how many prompts to write by num_prompts=...")
+    out = ResumableJsonl(Path(config.out), settings)
     target: Target = instantiate(config.target)
     decoder = ChainDecoder(
         target,
@@ -52,12 +57,13 @@ def main(config: DictConfig) -> None:
     if config.prompts == "magpie":
         _write_prompts(config, target, decoder, out)
     else:
-        _answer(options, target, decoder, out)
+        _answer(prompts, options, target, decoder, out)
     console.print(f"wrote {len(out.rows)} rows to {out.path}")
 
 
-def _answer(options: dict[str, Any], target: Target, decoder: ChainDecoder, out: ResumableJsonl) -> None:
-    prompts = read_prompts(options["prompts"], field_name=options["field"], limit=options["num_prompts"])
+def _answer(
+    prompts: list[Prompt], options: dict[str, Any], target: Target, decoder: ChainDecoder, out: ResumableJsonl
+) -> None:
     done = {row["id"] for row in out.rows}
     waiting = {prompt.id: prompt for prompt in prompts if prompt.id not in done}
     requests = [

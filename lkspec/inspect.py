@@ -7,6 +7,7 @@ import random
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.rule import Rule
+from rich.text import Text
 
 from lkspec.config import entry_point, instantiate
 from lkspec.data.chat import colour_spans
@@ -34,7 +35,8 @@ def main(config: DictConfig) -> None:
         number = min(config.num_examples, len(conversations))
         chosen = [conversations[i] for i in random.Random(config.seed).sample(range(len(conversations)), number)]
     for conversation in chosen:
-        console.print(Rule(f"{conversation.id}: {conversation.num_supervised} of {len(conversation.tokens)} tokens"))
+        num_tokens = len(conversation.tokens)
+        console.print(Rule(Text(f"{conversation.id}: {conversation.num_supervised} of {num_tokens} tokens supervised")))
         console.print(colour_spans(target.tokenizer, conversation))
     console.print(Rule())
     total = sum(len(conversation.tokens) for conversation in conversations)

@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.rule import Rule
+from rich.text import Text
 
 from lkspec.assemble import load_run
 from lkspec.colouring import acceptance_line, as_html, as_terminal_text, pieces, terminal_legend
@@ -41,7 +42,7 @@ def main(config: DictConfig) -> None:
         completion = next(decoder.run([request]))
         text = prompt.messages[-1]["content"]
         entries.append((text, completion))
-        console.print(Rule(prompt.id))
+        console.print(Rule(Text(prompt.id)))
         console.print(text, style="dim", markup=False, highlight=False)
         console.print(as_terminal_text(pieces(run.target.tokenizer, completion)))
         console.print(acceptance_line(completion), style="italic", highlight=False)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,17 @@ def read_prompts(paths: str | list[str], *, field_name: str = "prompt", limit: i
     """Prompts from one or more JSONL files: rows with ``messages`` or a text field.
 
     Raises:
-        ValueError: a missing file, a bad row (file, line and reason), a repeated id, no prompt at all.
+        ValueError: a missing file, a bad row (file, line and reason), a repeated id, no prompt at all, limit < 1.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"num_prompts: expected at least 1, or null for all, got {limit}")
     prompts: list[Prompt] = []
     for name in [paths] if isinstance(paths, str) else paths:
         file = Path(name).expanduser()
         if not file.is_file():
             raise ValueError(f"prompts: expected a JSONL file, found nothing at {file}")
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        # Not splitlines: text may hold U+2028 and other line breaks that JSON does not escape.
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
             if line.strip():
                 prompts.append(_parse_prompt(line, f"{file}:{number}", f"{file.stem}-{number:05d}", field_name))
     repeated = [name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
@@ -58,14 +62,28 @@ def _parse_prompt(line: str, where: str, default_id: str, field_name: str) -> Pr
         raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
     name = str(row.get("id", default_id))
     if "messages" in row:
-        messages = tuple({"role": m["role"], "content": m["content"]} for m in row["messages"])
-        if not messages or messages[-1]["role"] != "user":
-            raise ValueError(f"{where}: messages must end with the user's")
-        return Prompt(name, messages)
+        return Prompt(name, _parse_messages(row["messages"], where))
     text = row.get(field_name)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: expected a non-empty text in {field_name!r}, the row has {sorted(row)}")
     return Prompt(name, ({"role": "user", "content": text},))
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """16 hex digits of sha256 over ids and messages."""
+    content = json.dumps([[prompt.id, prompt.messages] for prompt in prompts])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _parse_messages(rows: Any, where: str) -> tuple[dict[str, str], ...]:
+    if not isinstance(rows, list) or not all(isinstance(m, dict) for m in rows):
+        raise ValueError(f"{where}: expected 'messages' to be a list of objects, got {rows!r:.60}")
+    messages = tuple({key: m[key] for key in ("role", "content") if isinstance(m.get(key), str)} for m in rows)
+    if any(len(message) < 2 for message in messages):
+        raise ValueError(f"{where}: every message needs the texts 'role' and 'content', got {rows!r:.60}")
+    if not messages or messages[-1]["role"] != "user":
+        raise ValueError(f"{where}: messages must end with the user's")
+    return messages
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[int, ...]:
@@ -163,8 +181,9 @@ class ResumableJsonl:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, Any]] = []
         if self.partial.exists():
-            self._check_settings()
             self.rows = self._recover()
+        if self.rows:
+            self._check_settings()
         write_text(self._settings_path, json.dumps(settings, indent=1, sort_keys=True) + "\n")
         self._file = self.partial.open("a", encoding="utf-8")
 
@@ -201,6 +220,5 @@ class ResumableJsonl:
         os.fsync(self._file.fileno())
         self._file.close()
         self.rows = sorted(filter(keep, self.rows), key=order)
-        lines = [json.dumps(row, ensure_ascii=False) for row in self.rows]
-        write_text(self.path, "\n".join(lines) + "\n")
+        write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows))
         self.partial.unlink()

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ TINY_DATA = ("target=tiny", "data=tiny", "data.train=tiny:10", "data.max_tokens=
 TINY_RUN = (*TINY_DATA, "trainer=smoke", "draft.num_depths=2", *CPU)
 NO_EVALUATION = ("~callbacks.acceptance_length",)
 # A few tokens of decoding: enough rounds to count.
-BRIEF_EVALUATION = ("benchmark=mini_math", "benchmark.num_prompts=2", "+benchmark.max_new_tokens=16")
+BRIEF_EVALUATION = ("benchmark=mini_math", "benchmark.num_prompts=2", "++benchmark.max_new_tokens=16")
 
 
 @dataclass(frozen=True)
@@ -95,19 +95,21 @@ def _lies_in(module: object, folder: Path) -> bool:
     return file is not None and Path(file).is_relative_to(folder)
 
 
-def subprocess_cli(*arguments: str, cwd: Path, python_path: str | None = None, timeout: float = 180) -> Outcome:
-    """``python -m lkspec.cli verb ...`` in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"PYTHONPATH": python_path} if python_path else {})}
+def run_process(
+    command: Sequence[str], *, cwd: Path, python_path: str | None = None, timeout: float = 600
+) -> Outcome:
+    """A command in a process of its own, which Lightning must not take for one of several ranks."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE")}
+    environment |= {"OMP_NUM_THREADS": "1", **({"PYTHONPATH": python_path} if python_path else {})}
     done = subprocess.run(
-        [sys.executable, "-m", "lkspec.cli", *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def subprocess_cli(*arguments: str, cwd: Path) -> Outcome:
+    """The console entry in a process of its own."""
+    return run_process([sys.executable, "-m", "lkspec.cli", *arguments], cwd=cwd)
 
 
 def only_run(root: Path = Path("runs")) -> Path:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from command_line import BRIEF_EVALUATION, TINY_RUN, Outcome, assert_same_training, logged, only_run
+from command_line import BRIEF_EVALUATION, TINY_RUN, assert_same_training, logged, only_run, run_process
 
 from lkspec.results import RunFolder
 
@@ -19,16 +17,6 @@ pytestmark = pytest.mark.slow
 # the micro-batches of one moment, so that only objectives without it are the same in both.)
 RUN = (*TINY_RUN, *BRIEF_EVALUATION, "benchmark.num_prompts=3", "loss=tv", "logger=csv")
 TWO_PROCESSES = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1")
-
-
-def in_processes(command: list[str], *overrides: str, cwd: Path) -> Outcome:
-    # Lightning reads its rank from the environment, which must not come from the tests' own.
-    environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE")}
-    environment["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run(
-        [*command, *overrides], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 def console_script() -> str:
@@ -51,7 +39,7 @@ def alone(tmp_path_factory, module_cli) -> Path:
 def test_two_processes_train_like_one_that_accumulates(tmp_path, alone, entry):
     command = [console_script(), "train"] if entry == "console script" else [sys.executable, "-m", "lkspec.train"]
     overrides = (*RUN, *TWO_PROCESSES, "trainer.max_epochs=2", "trainer.max_steps=20")
-    outcome = in_processes(command, *overrides, cwd=tmp_path)
+    outcome = run_process([*command, *overrides], cwd=tmp_path)
     assert outcome.code == 0, outcome.err
     run = only_run(tmp_path / "runs")
     assert_same_training(alone, run, atol=1e-5)
@@ -69,20 +57,20 @@ def test_two_processes_train_like_one_that_accumulates(tmp_path, alone, entry):
 def test_processes_resume_together(tmp_path):
     overrides = (*RUN, *TWO_PROCESSES, "~callbacks.acceptance_length", "callbacks.checkpoint.every_n_train_steps=1")
     command = [sys.executable, "-m", "lkspec.train"]
-    outcome = in_processes(command, *overrides, "trainer.max_epochs=2", cwd=tmp_path)
+    outcome = run_process([*command, *overrides, "trainer.max_epochs=2"], cwd=tmp_path)
     assert outcome.code == 0, outcome.err
     run = only_run(tmp_path / "runs")
     losses = logged(run, "train/loss")
     assert sorted(losses) == [0, 1, 2, 3]
     (run / "checkpoints" / "step=4.ckpt").unlink()  # as if it had been killed before its last step, inside an epoch
-    outcome = in_processes(command, "resume=latest", cwd=tmp_path)
+    outcome = run_process([*command, "resume=latest"], cwd=tmp_path)
     assert outcome.code == 0, outcome.err
     assert logged(run, "train/loss") == pytest.approx({3: losses[3]}, abs=1e-6)
 
 
 def test_an_error_in_two_processes_ends_both(tmp_path):
-    outcome = in_processes(
-        [sys.executable, "-m", "lkspec.train"], *RUN, *TWO_PROCESSES, "optimizer.lr=-1", cwd=tmp_path
+    outcome = run_process(
+        [sys.executable, "-m", "lkspec.train", *RUN, *TWO_PROCESSES, "optimizer.lr=-1"], cwd=tmp_path
     )
     assert outcome.code == 2
     assert "Error: " in outcome.err

@@ -98,14 +98,13 @@ def test_with_a_random_eagle3(
     target: TinyTarget, uncached: Uncached, batch_size: int, num_draft_tokens: int, truncated: bool
 ) -> None:
     draft = random_eagle3(target, truncated=truncated)
-    prompts = make_prompts() if batch_size > 1 else make_prompts()[:2]
-    completions = decode(target, draft, prompts, num_draft_tokens=num_draft_tokens, batch_size=batch_size, num_new=10)
+    prompts = make_prompts() if batch_size > 1 else make_prompts()[1:2]
+    completions = decode(target, draft, prompts, num_draft_tokens=num_draft_tokens, batch_size=batch_size, num_new=8)
     uncached.assert_same(prompts, completions)
     assert any(c.rounds for c in completions)
 
 
-@pytest.mark.parametrize("num_draft_tokens", [1, 3, 7])
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(("num_draft_tokens", "batch_size"), [(1, 4), (3, 1), (3, 4), (7, 1), (7, 4)])
 def test_with_drafts_of_every_quality(
     target: TinyTarget, uncached: Uncached, batch_size: int, num_draft_tokens: int
 ) -> None:

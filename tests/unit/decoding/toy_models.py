@@ -8,15 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lkspec.decoding.chain import BONUS, PREFILL, Request
+from lkspec.decoding.chain import BONUS, PREFILL, ChainDecoder, Completion, Request
 from lkspec.decoding.sampling import Sampling, row_generator
 from lkspec.drafts.base import Draft
 from lkspec.kv_cache import PositionCache
 from lkspec.types import DraftSampler, FreshStates, LinearHead, Round, TargetStates
 from lkspec.vocab import DraftVocab
+
+
+V, M = 5, 11
+SOME = DraftVocab(torch.tensor([0, 1, 3]), V)
+GREEDY, SAMPLED = Sampling(temperature=0.0), Sampling(temperature=1.0)
 
 
 def random_table(num_contexts: int, size: int, *, seed: int, scale: float = 1.5) -> Tensor:
@@ -191,3 +197,45 @@ def _inverted(weights: Sequence[float], uniform: float) -> int:
         if passed > threshold:
             return token
     raise AssertionError("a uniform number below one passes every threshold")
+
+
+def toy_target(**options) -> ToyTarget:
+    return ToyTarget(random_table(M, V, seed=0), **options)
+
+
+def similar_draft(vocab: DraftVocab, **options) -> ToyDraft:
+    """Close enough to the toy target that every number of accepted tokens occurs."""
+    mixed = 0.5 * vocab.restrict(random_table(M, V, seed=0)) + 0.5 * random_table(M, vocab.size, seed=1)
+    return ToyDraft(mixed / mixed.sum(-1, keepdim=True), vocab, **options)
+
+
+def make_requests(num: int, *, seed: int = 0, longest: int = 6, most_new: int = 14) -> list[Request]:
+    """Prompts of different lengths with limits from 1 on."""
+    rng = np.random.default_rng(seed)
+    return [
+        Request(
+            prompt_id=f"p{i}",
+            turn=i % 2,
+            tokens=tuple(rng.integers(0, V, rng.integers(1, longest + 1)).tolist()),
+            max_new_tokens=int(rng.integers(1, most_new + 1)),
+        )
+        for i in range(num)
+    ]
+
+
+def decode(target, draft, requests, *, num_draft_tokens=3, batch_size=4, sampling=SAMPLED, seed=0) -> list[Completion]:
+    """Completions in the order of the requests."""
+    decoder = ChainDecoder(
+        target, draft, sampling=sampling, num_draft_tokens=num_draft_tokens, batch_size=batch_size, seed=seed
+    )
+    done = {(c.request.prompt_id, c.request.turn): c for c in decoder.run(requests)}
+    assert len(done) == len(requests)
+    return [done[r.prompt_id, r.turn] for r in requests]
+
+
+def greedy_text(target: ToyTarget, prompt: tuple[int, ...], num: int) -> tuple[int, ...]:
+    """Prompt and greedy continuation, as if there were no end-of-text token."""
+    text = list(prompt)
+    for _ in range(num):
+        text.append(int(target.table[target.context(text)].argmax()))
+    return tuple(text)
