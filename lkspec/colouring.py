@@ -44,7 +44,7 @@ def colours(writer: int) -> tuple[str, str]:
     if writer in (PREFILL, BONUS):
         return _TARGET_COLOUR, "#000000"
     depth = min(writer, len(_DEPTH_COLOURS))
-    return _DEPTH_COLOURS[depth - 1], "#000000" if depth <= 4 else "#ffffff"
+    return _DEPTH_COLOURS[depth - 1], "#000000" if depth <= 5 else "#ffffff"
 
 
 def writer_name(writer: int) -> str:

@@ -211,6 +211,10 @@ def _walked(
     return tuple(Answer(prompt, completion, along) for (prompt, completion), along in zip(ordered, walks, strict=True))
 
 
+def _place(answer: Answer) -> tuple[str, int]:
+    return answer.prompt.id, answer.completion.request.turn
+
+
 def gathered(measurement: Measurement) -> Measurement:
     """The measurement of all ranks together; wall time is the slowest rank's."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -223,7 +227,8 @@ def gathered(measurement: Measurement) -> Measurement:
         benchmark=measurement.benchmark,
         setting=measurement.setting,
         protocol=measurement.protocol,
-        answers=tuple(answer for part in known for answer in part.answers),
+        # The order of one process: what resamples the answers gives the same interval for any number of ranks.
+        answers=tuple(sorted((answer for part in known for answer in part.answers), key=_place)),
         seconds=max(part.seconds for part in known),
         baseline_seconds=max(baselines) if baselines else None,
         baseline_tokens=sum(part.baseline_tokens for part in known),

@@ -60,7 +60,7 @@ def _parse_prompt(line: str, where: str, default_id: str, field_name: str) -> Pr
         raise ValueError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
-    name = str(row.get("id", default_id))
+    name = default_id if row.get("id") is None else str(row["id"])
     if "messages" in row:
         return Prompt(name, _parse_messages(row["messages"], where))
     text = row.get(field_name)

@@ -95,9 +95,7 @@ def _lies_in(module: object, folder: Path) -> bool:
     return file is not None and Path(file).is_relative_to(folder)
 
 
-def run_process(
-    command: Sequence[str], *, cwd: Path, python_path: str | None = None, timeout: float = 600
-) -> Outcome:
+def run_process(command: Sequence[str], *, cwd: Path, python_path: str | None = None, timeout: float = 600) -> Outcome:
     """A command in a process of its own, which Lightning must not take for one of several ranks."""
     environment = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "WORLD_SIZE")}
     environment |= {"OMP_NUM_THREADS": "1", **({"PYTHONPATH": python_path} if python_path else {})}

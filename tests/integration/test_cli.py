@@ -181,7 +181,7 @@ HOSTILE = 'Why is <script>alert("1")</script> & "so" bad?'
 class TestShow:
     def test_a_text_file_as_terminal_text_and_page(self, lkspec_cli, trained, tmp_path):
         (tmp_path / "question[1].txt").write_text(HOSTILE + "\n")
-        outcome = lkspec_cli("show", f"run={trained}", "'prompt_file=question[1].txt'", "max_new_tokens=24")
+        outcome = lkspec_cli("show", f"run={trained}", "prompt_file='question[1].txt'", "max_new_tokens=24")
         assert outcome.code == 0, outcome.err
         assert HOSTILE in outcome.out
         assert "24 tokens in " in outcome.out

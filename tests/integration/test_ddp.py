@@ -69,9 +69,7 @@ def test_processes_resume_together(tmp_path):
 
 
 def test_an_error_in_two_processes_ends_both(tmp_path):
-    outcome = run_process(
-        [sys.executable, "-m", "lkspec.train", *RUN, *TWO_PROCESSES, "optimizer.lr=-1"], cwd=tmp_path
-    )
+    outcome = run_process([sys.executable, "-m", "lkspec.train", *RUN, *TWO_PROCESSES, "optimizer.lr=-1"], cwd=tmp_path)
     assert outcome.code == 2
     assert "Error: " in outcome.err
     assert "Traceback" not in outcome.err

@@ -45,6 +45,7 @@ class Page(HTMLParser):
         self.tags: set[str] = set()
         self.texts: dict[str, str] = {}
         self.titles: list[str] = []
+        self.in_span = False
         self.spans: list[tuple[str, str]] = []  # style, text
         self.feed(page)
 
@@ -52,19 +53,23 @@ class Page(HTMLParser):
         self.tags.add(tag)
         values = dict(attrs)
         if tag == "span":
+            self.in_span = True
             self.titles.append(values["title"])
             self.spans.append((values["style"], ""))
-        elif tag not in ("meta",):
+        elif tag != "meta":
             self.open.append(values.get("class", tag))
 
     def handle_endtag(self, tag):
-        if tag != "span":
+        if tag == "span":
+            self.in_span = False
+        else:
             self.open.pop()
 
     def handle_data(self, data):
-        if self.open:
-            self.texts[self.open[-1]] = self.texts.get(self.open[-1], "") + data
-        if self.spans and self.open[-1] in ("answer", "legend"):
+        if not self.open:
+            return
+        self.texts[self.open[-1]] = self.texts.get(self.open[-1], "") + data
+        if self.in_span:
             style, text = self.spans[-1]
             self.spans[-1] = (style, text + data)
 
@@ -168,7 +173,7 @@ def test_acceptance_line(accepted, line):
 
 
 class TestHtml:
-    TEXT = "<b>&amp; \"it's\" é</b>\n<script>"
+    TEXT = '<b>&amp; "it\'s" é</b>\n<script>'
     PROMPT = "1 < 2 && <i>'why'</i>?"
     TITLE = "run <x> & </title>"
 

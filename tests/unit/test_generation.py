@@ -14,6 +14,7 @@ from lkspec.data.generation import (
     bare_user_header,
     is_loop,
     prompt_tokens,
+    prompts_digest,
     read_prompts,
 )
 from lkspec.targets.tiny import byte_tokenizer
@@ -112,11 +113,27 @@ class TestReadPrompts:
         with pytest.raises(ValueError, match="holds no prompt"):
             read_prompts(write(""))
 
+    @pytest.mark.parametrize("limit", [0, -1])
+    def test_a_limit_below_1_is_refused(self, write, limit):
+        with pytest.raises(ValueError, match=f"num_prompts: expected at least 1, or null for all, got {limit}"):
+            read_prompts(write({"prompt": "a"}), limit=limit)
+
     def test_repeated_ids_are_refused(self, write):
         first = write({"prompt": "a", "id": "x"}, name="one.jsonl")
         second = write({"prompt": "b", "id": "x"}, name="two.jsonl")
         with pytest.raises(ValueError, match="'x' stands more than once"):
             read_prompts([first, second])
+
+
+def test_the_digest_tells_prompts_apart():
+    def digest(*prompts: Prompt) -> str:
+        return prompts_digest(prompts)
+
+    a, b = Prompt("a", (user("Why?"),)), Prompt("b", (user("Why?"),))
+    others = [digest(a, b), digest(b, a), digest(a), digest(b), digest(), digest(Prompt("a", (user("Why"),)))]
+    assert len(set(others)) == len(others)
+    assert digest(a, b) == digest(Prompt("a", (user("Why?"),)), b)
+    assert all(len(bytes.fromhex(name)) == 8 for name in others)
 
 
 class TestChatHeader:
@@ -256,6 +273,12 @@ class TestResumableJsonl:
         assert left == {"out.jsonl", "out.jsonl.settings.json"}
         assert json.loads((out.path.parent / "out.jsonl.settings.json").read_text()) == SETTINGS
 
+    def test_nothing_kept_is_an_empty_file(self, tmp_path):
+        out = ResumableJsonl(tmp_path / "out.jsonl", SETTINGS)
+        out.append(named("a"))
+        out.finish(lambda row: row["id"], keep=lambda row: False)
+        assert out.path.read_bytes() == b""
+
     def test_a_killed_run_is_taken_up_again(self, tmp_path):
         path = tmp_path / "out.jsonl"
         odd = named("b", 'é\u2028\x85"\r\n\t😀')
@@ -294,12 +317,21 @@ class TestResumableJsonl:
     def test_changed_settings_are_refused(self, tmp_path, settings, names):
         path = tmp_path / "out.jsonl"
         ResumableJsonl(path, SETTINGS).append(named("a"))
-        before = (path.with_name("out.jsonl.partial").read_bytes(), path.with_name("out.jsonl.settings.json").read_text())
+        before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
         with pytest.raises(ValueError, match=rf"out\.jsonl\.partial was made with another {names};"):
             ResumableJsonl(path, settings)
-        after = (path.with_name("out.jsonl.partial").read_bytes(), path.with_name("out.jsonl.settings.json").read_text())
-        assert after == before
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
         assert ResumableJsonl(path, SETTINGS).rows == [named("a")]
+
+    def test_a_partial_file_without_a_row_binds_to_nothing(self, tmp_path):
+        path = tmp_path / "out.jsonl"
+        ResumableJsonl(path, SETTINGS)
+        assert path.with_name("out.jsonl.partial").exists()
+        out = ResumableJsonl(path, {"seed": 1})
+        assert json.loads(path.with_name("out.jsonl.settings.json").read_text()) == {"seed": 1}
+        out.append(named("a"))
+        with pytest.raises(ValueError, match="was made with another"):
+            ResumableJsonl(path, SETTINGS)
 
     def test_a_partial_file_of_unknown_settings_is_refused(self, tmp_path):
         path = tmp_path / "out.jsonl"

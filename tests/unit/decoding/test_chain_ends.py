@@ -22,9 +22,6 @@ from lkspec.decoding.chain import BONUS, PREFILL, ChainDecoder, Request
 from lkspec.types import Round
 
 
-# --- ends ---------------------------------------------------------------------------------------------------------
-
-
 def scripted_greedy(
     wrong_places: set[int], prompt=(1, 2), num=20, **options
 ) -> tuple[ToyTarget, ScriptedDraft, list[int]]:

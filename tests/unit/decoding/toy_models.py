@@ -19,7 +19,6 @@ from lkspec.kv_cache import PositionCache
 from lkspec.types import DraftSampler, FreshStates, LinearHead, Round, TargetStates
 from lkspec.vocab import DraftVocab
 
-
 V, M = 5, 11
 SOME = DraftVocab(torch.tensor([0, 1, 3]), V)
 GREEDY, SAMPLED = Sampling(temperature=0.0), Sampling(temperature=1.0)
