@@ -1,4 +1,4 @@
-"""Every command that the README and the help texts show is legal: its overrides parse and its configuration composes."""
+"""Every command that the README and the help texts show is legal: it parses and its configuration composes."""
 
 from __future__ import annotations
 
