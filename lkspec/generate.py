@@ -30,6 +30,8 @@ from lkspec.targets.base import Target
 
 console = Console()
 
+_MAX_ATTEMPTS = 50  # at a prompt, on average: a target that never writes one must not be asked for ever
+
 
 @entry_point("generate")
 def main(config: DictConfig) -> None:
@@ -94,7 +96,11 @@ def _row(prompt: Prompt, completion: Completion, target: Target, options: dict[s
 
 
 def _report_dropped(dropped: Counter[str]) -> None:
-    console.print("dropped: " + (", ".join(f"{count} {why}" for why, count in sorted(dropped.items())) or "none"))
+    console.print(f"dropped: {_counts(dropped)}")
+
+
+def _counts(dropped: Counter[str]) -> str:
+    return ", ".join(f"{count} {why}" for why, count in sorted(dropped.items())) or "none"
 
 
 def completion_text(completion: Completion, target: Target) -> str:
@@ -113,6 +119,11 @@ def _write_prompts(config: DictConfig, target: Target, decoder: ChainDecoder, ou
         for attempt in itertools.count(first, config.batch_size):
             if len(out.rows) >= config.num_prompts:
                 break
+            if attempt >= _MAX_ATTEMPTS * config.num_prompts:
+                raise ValueError(
+                    f"only {len(out.rows)} of {attempt} attempts made a usable prompt, dropped: {_counts(keep.dropped)}; "
+                    "raise max_new_tokens, or use a target that was trained on chats"
+                )
             requests = [Request(str(attempt + i), 0, header, config.max_new_tokens) for i in range(config.batch_size)]
             completions = sorted(decoder.run(requests), key=lambda c: int(c.request.prompt_id))
             for completion in completions:

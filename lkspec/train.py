@@ -59,6 +59,7 @@ def main(config: DictConfig) -> dict[str, float] | None:
     trainer = _build_trainer(config, suite, module)
     _banner(folder, config, module, target, data)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    # Lightning's word for "with the optimiser and loop states"; the file itself loads under torch's weights_only=True.
     trainer.save_checkpoint(folder.checkpoints_dir / f"step={trainer.global_step}.ckpt", weights_only=False)
     return _finish(trainer, folder, suite, module)
 

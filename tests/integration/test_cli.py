@@ -255,6 +255,24 @@ class Killed(TinyTarget):
 """
 
 
+WRITER_TARGET = """
+from dataclasses import replace
+import torch
+from lkspec.targets.tiny import TinyTarget
+
+class Writer(TinyTarget):
+    \"\"\"Writes letters and spaces only, ends after some.\"\"\"
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        bias = torch.full((self.vocab_size,), -1e4)
+        bias[97:123] = 0.0
+        bias[32] = 2.0
+        bias[self.eos_ids[0]] = 2.0
+        self.head = replace(self.head, bias=bias, scale=0.3)
+"""
+
+
 class TestGenerate:
     GENERATE = ("generate", "target=tiny", "target.device=cpu", "prompts=prompts.jsonl", "max_new_tokens=12")
 
@@ -358,7 +376,10 @@ class TestGenerate:
         assert lkspec_cli(*self.GENERATE, "out=answers.jsonl", "num_prompts=1").code == 0
 
     def test_prompts_from_the_bare_chat_header(self, lkspec_cli):
-        magpie = (*self.GENERATE[:3], "prompts=magpie", "num_prompts=3", "max_new_tokens=300", "target.logit_std=1")
+        Path("writer.py").write_text(WRITER_TARGET)
+        Path("conf/target").mkdir(parents=True)
+        Path("conf/target/writer.yaml").write_text("defaults: [tiny, _self_]\n_target_: writer.Writer\n")
+        magpie = (*self.GENERATE[:3], "target=writer", "prompts=magpie", "num_prompts=3", "max_new_tokens=40")
         for size in (3, 4):
             outcome = lkspec_cli(*magpie, f"batch_size={size}", f"out=prompts{size}.jsonl")
             assert outcome.code == 0, outcome.err
@@ -368,6 +389,12 @@ class TestGenerate:
         assert all(len(row["prompt"].split()) >= 3 for row in rows)
         answered = lkspec_cli(*self.GENERATE[:3], "prompts=prompts3.jsonl", "max_new_tokens=4", "out=a.jsonl")
         assert answered.code == 0, answered.err
+
+    def test_a_target_that_never_writes_a_prompt_is_not_asked_for_ever(self, lkspec_cli):
+        magpie = ("prompts=magpie", "num_prompts=1", "max_new_tokens=2", "batch_size=25")  # no word is that short
+        line = lkspec_cli(*self.GENERATE[:3], *magpie, "out=prompts_.jsonl").error_line
+        assert "only 0 of 50 attempts" in line
+        assert "max_new_tokens" in line
 
 
 MY_LOSS = """
