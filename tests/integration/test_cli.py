@@ -190,8 +190,7 @@ class TestShow:
         assert "script" not in page.tags
         assert page.texts["count"][0].startswith("24 tokens in ")
         assert len(page.texts["answer"][0]) > 0
-        assert "the target (prefill)" in page.titles
-        assert "the target (bonus)" in page.titles
+        assert {"the target (bonus)", "the draft, accepted at depth 4"} <= set(page.titles)
 
     def test_prompts_in_a_jsonl_file(self, lkspec_cli, trained, tmp_path):
         rows = [{"id": "first[/b]", "prompt": "One?"}, {"id": "second", "prompt": "Two?"}]
@@ -332,7 +331,7 @@ class TestGenerate:
         """A partial file with three of the six answers."""
         assert lkspec_cli(*self.GENERATE, *overrides, "out=answers.jsonl").code == 0
         partial = Path("answers.jsonl.partial")
-        partial.write_text("".join(Path("answers.jsonl").read_text().splitlines(keepends=True)[:3]))
+        partial.write_bytes(b"".join(Path("answers.jsonl").read_bytes().splitlines(keepends=True)[:3]))
         Path("answers.jsonl").unlink()
         return partial
 

@@ -225,6 +225,9 @@ def test_masked_sums():
 )
 def test_config_files_build_objectives(name: str, described: str):
     arguments = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    if name == "lk_lambda":  # eta follows the draft
+        assert arguments["eta"] == "${draft.paper_eta}"
+        arguments["eta"] = 3.0
     module, _, class_name = arguments.pop("_target_").rpartition(".")
     assert module == objectives.__name__
     assert repr(getattr(objectives, class_name)(**arguments)) == described
