@@ -121,7 +121,8 @@ def _write_prompts(config: DictConfig, target: Target, decoder: ChainDecoder, ou
                 break
             if attempt >= _MAX_ATTEMPTS * config.num_prompts:
                 raise ValueError(
-                    f"only {len(out.rows)} of {attempt} attempts made a usable prompt, dropped: {_counts(keep.dropped)}; "
+                    f"only {len(out.rows)} of {attempt} attempts made a usable prompt, "
+                    f"dropped: {_counts(keep.dropped)}; "
                     "raise max_new_tokens, or use a target that was trained on chats"
                 )
             requests = [Request(str(attempt + i), 0, header, config.max_new_tokens) for i in range(config.batch_size)]
