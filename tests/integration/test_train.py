@@ -140,6 +140,7 @@ def test_every_draft_trains_on_every_loss(lkspec_cli, draft, loss):
     assert all(0 < value < 100 for value in losses.values())
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(lkspec_cli):
     settings = ("loss=lk_alpha", "draft.head_init=random", "trainer.max_epochs=6", "optimizer.lr=3e-3")
     outcome = lkspec_cli("train", *BARE_RUN, "draft=eagle3", *settings)
@@ -148,6 +149,7 @@ def test_training_lowers_the_loss(lkspec_cli):
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.slow
 def test_a_second_identical_run_is_refused_replaced_or_skipped(lkspec_cli):
     arguments = ("train", *BARE_RUN, "trainer.max_steps=1")
     assert lkspec_cli(*arguments).code == 0
@@ -219,6 +221,7 @@ def test_a_key_or_choice_that_is_not_there_is_named_without_a_stack_trace(lkspec
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_each_member_as_if_it_were_alone(lkspec_cli):
     swept = lkspec_cli("train", "-m", *BARE_RUN, "trainer.max_steps=2", "loss=kl,lk_alpha", "seed=0,1")
     assert swept.code == 0, swept.err
@@ -242,21 +245,25 @@ def pair_of_runs(cli, first: list[str], second: list[str]) -> tuple[Path, Path]:
     return only_run(Path("first")), only_run(Path("second"))
 
 
+@pytest.mark.slow
 def test_recomputing_logits_changes_nothing(lkspec_cli):
     runs = pair_of_runs(lkspec_cli, ["loss_options.recompute=true"], ["loss_options.recompute=false"])
     assert_same_training(*runs, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing(lkspec_cli):
     runs = pair_of_runs(lkspec_cli, ["loss_options.chunk_size=100"], ["loss_options.chunk_size=100000"])
     assert_same_training(*runs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_remembered_states_change_nothing(lkspec_cli):
     runs = pair_of_runs(lkspec_cli, ["states_memory_gb=0"], ["states_memory_gb=1"])
     assert_same_training(*runs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_does_not_depend_on_how_it_is_cut_into_micro_batches(lkspec_cli):
     # All 9 conversations in every step, in one micro-batch or in two. (lk_lambda's weight belongs to a micro-batch.)
     whole = ["loss=kl", "data.max_tokens=20000"]
@@ -267,6 +274,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut_into_micro_batches(lkspec_cli):
     assert_same_training(first, second, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_mixed_precision_trains_float32_weights_near_the_full_precision(lkspec_cli):
     full, mixed = pair_of_runs(lkspec_cli, [], ["trainer.precision=bf16-mixed"])
     first, second = (list(logged(run, "train/loss").values()) for run in (full, mixed))
