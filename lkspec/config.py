@@ -138,6 +138,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*torch.jit.*deprecated.*")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # resumed, as meant
+    warnings.filterwarnings("ignore", message="The dirpath has changed")  # the run folder was moved
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged is summed over ranks already
     warnings.filterwarnings("ignore", message=".*ModelCheckpoint with manual optimization.*")  # after a step, as meant
