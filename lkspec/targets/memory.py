@@ -30,7 +30,7 @@ class RememberedStates:
         self._memory: dict[tuple[str, bytes], TargetStates] = {}
 
     def __call__(self, batch: Batch) -> TargetStates:
-        if not self._remembers:
+        if not self._remembers or not any(batch.ids):  # a rank that has run out validates a batch without any text
             return self._target.states(batch)
         aux, last = None, None
         for row, names in enumerate(batch.ids):
@@ -43,7 +43,7 @@ class RememberedStates:
                     last = states.last.new_zeros(*batch.tokens.shape, states.last.shape[-1])
                 aux[row, begin:end] = states.aux
                 last[row, begin:end] = states.last
-        assert aux is not None, "a batch without conversations"
+        assert aux is not None
         assert last is not None
         return TargetStates(aux=aux, last=last)
 

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.slow
 
 # A step takes two micro-batches of the epoch's plan: one of each process, or two of one. (lk_lambda's weight belongs to
 # the micro-batches of one moment, so that only objectives without it are the same in both.)
-RUN = (*TINY_RUN, *BRIEF_EVALUATION, "benchmark.num_prompts=3", "loss=tv", "logger=csv")
+# There is one validation conversation: the second process validates a batch without any text.
+RUN = (*TINY_RUN, *BRIEF_EVALUATION, "benchmark.num_prompts=3", "loss=tv", "logger=csv", "states_memory_gb=1")
 TWO_PROCESSES = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1")
 
 

@@ -97,6 +97,13 @@ def test_one_id_with_two_texts_is_not_mixed_up(counting):
     assert len(counting.computed) == 3
 
 
+def test_a_rank_that_has_run_out_passes_a_batch_without_text(tiny_target):
+    nothing = torch.zeros(1, 2, dtype=torch.int64)
+    states = RememberedStates(tiny_target, PLENTY)(Batch(nothing, nothing, nothing, nothing, ((),)))
+    assert states.last.shape == (1, 2, 64)
+    assert states.aux.shape == (1, 2, 3 * 64)
+
+
 def test_once_full_the_rest_is_computed_each_time(counting):
     room = (len(A) + len(C)) * NUM_STATES * 4  # bytes in float32: a fits, b does not, c just does
     remembered = RememberedStates(counting, (room + 0.5) / 1e9)

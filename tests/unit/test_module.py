@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import lightning
@@ -188,6 +189,17 @@ def test_the_gradient_is_clipped_but_the_whole_norm_logged(draft, target, batche
     moved = torch.nn.utils.parameters_to_vector(draft.parameters()).detach() - before
     assert float(moved.norm()) == pytest.approx(0.01, rel=1e-3)
     assert logged["train/grad_norm"] > 0.1
+
+
+def test_a_step_forgets_the_gradient_of_the_one_before(draft, target, batches):
+    twin = copy.deepcopy(draft)
+    fit(make_module(draft, target, KL()), Steps([batches[:1]]))
+    expected = torch.autograd.grad(
+        naive_loss(draft, target, batches[1:2], naive_kl), [p for p in draft.parameters() if p.requires_grad]
+    )
+    _, steps = fit(make_module(twin, target, KL()), Steps([batches[:1], batches[1:2]]))
+    norm = torch.cat([gradient.flatten() for gradient in expected]).norm()
+    assert steps[1]["train/grad_norm"] == pytest.approx(float(norm), rel=1e-3)
 
 
 def test_what_is_logged_are_means_over_the_tokens_of_the_step(draft, target, batches):
