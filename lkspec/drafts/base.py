@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -20,7 +23,12 @@ class Draft(nn.Module):
         num_depths: depths K that it trains.
         max_depths: most tokens it can draft a round; None when its weights are shared over depths.
         paper_eta: eta of ``lk_lambda`` that the paper uses for this architecture.
+        served_by: which engines serve this draft with this target today.
+        full_vocabulary: whether its usual draft vocabulary is the target's.
     """
+
+    full_vocabulary: ClassVar[bool] = False
+    served_by: str = "research only: no engine is known to serve this draft"
 
     vocab: DraftVocab
     num_depths: int
@@ -54,6 +62,33 @@ class Draft(nn.Module):
         ``sample`` is called once a depth, in order, with that depth's draft logits.
         """
 
+    def load_folder(self, path: str) -> None:
+        """Starts from weights in an engine's format, in a folder or on the hub.
+
+        Raises:
+            ValueError: no format of this architecture, a missing tensor, or one of another shape.
+        """
+        raise ValueError(f"draft.init_from: {type(self).__name__} reads no engine's format; give a run, got {path!r}")
+
+    def freeze(self, patterns: Sequence[str]) -> None:
+        """Leaves the parameters whose names match a pattern (``*`` is anything) as they are.
+
+        Raises:
+            ValueError: a pattern that matches no parameter, or nothing left to train.
+        """
+        named = dict(self.named_parameters())
+        for pattern in patterns:
+            matching = [name for name in named if fnmatchcase(name, pattern)]
+            if not matching:
+                raise ValueError(
+                    f"draft.freeze: {pattern!r} matches no parameter of {type(self).__name__}; it has "
+                    + ", ".join(named)
+                )
+            for name in matching:
+                named[name].requires_grad_(False)
+        if self.num_trainable == 0:
+            raise ValueError(f"draft.freeze={list(patterns)} leaves nothing to train")
+
     def new_cache(self, num_rows: int) -> PositionCache:
         """An empty cache for ``observe`` and ``propose``."""
         return PositionCache(num_rows)
@@ -79,9 +114,9 @@ class Draft(nn.Module):
 
     @property
     def num_frozen(self) -> int:
-        """Parameters copied from the target and left as they are (embedding or head rows), shared ones included."""
+        """Parameters that training leaves as they are, those shared with the target (embedding, head) included."""
         frozen = [*(p for p in self.parameters() if not p.requires_grad), *self.frozen_tensors()]
-        return sum(p.numel() for p in frozen)
+        return sum({p.data_ptr(): p.numel() for p in frozen}.values())
 
     def frozen_tensors(self) -> list[Tensor]:
         """Tensors of the target that the draft reads without owning them; they are not in its checkpoint."""

@@ -8,14 +8,18 @@ then this anchor's own depths 2..k; RoPE position t + k - 1. Parameters carry th
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lkspec.attention import attend
 from lkspec.drafts.base import Draft
-from lkspec.drafts.layers import INIT_STD, GatedMLP, Rope, attend, linear
+from lkspec.drafts.layers import INIT_STD, GatedMLP, Rope, init_head, linear, shifted, visible_anchors
 from lkspec.kv_cache import PositionCache
 from lkspec.types import Batch, DecoderDims, DraftSampler, FreshStates, LinearHead, TargetSpec, TargetStates
 from lkspec.vocab import DraftVocab
+
+# Parts of the model types that vLLM 0.20 accepts as targets of EAGLE-3.
+_VLLM_TARGETS = ("llama", "qwen", "minicpm", "gpt_oss", "hunyuan_vl", "hunyuan_v1_dense", "afmoe", "minimax")
 
 
 class Eagle3(Draft):
@@ -50,29 +54,20 @@ class Eagle3(Draft):
         self.num_depths = num_depths
         self.max_depths = None
         self.paper_eta = paper_eta
+        self.served_by = _served_by(spec.model_type)
         dims = spec.dims
         self.register_buffer("embedding", spec.embedding, persistent=False)
         self.fc = linear(spec.num_aux * dims.hidden_size, dims.hidden_size)
         self.midlayer = _FusedLayer(dims, norm_before_residual=norm_before_residual)
         self.norm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
         self.lm_head = nn.Linear(dims.hidden_size, vocab.size, bias=False)
-        self._init_head(spec, head_init)
-
-    embedding: Tensor
-
-    @torch.no_grad()
-    def _init_head(self, spec: TargetSpec, head_init: str) -> None:
-        if head_init == "random":
-            nn.init.normal_(self.lm_head.weight, std=INIT_STD)
-        elif head_init == "target":
-            if spec.head.bias is not None:
-                raise ValueError("draft.head_init=target: the target's head has a bias, which an EAGLE-3 head has not")
-            self.lm_head.weight.copy_(spec.head.weight[self.vocab.ids.to(spec.head.weight.device)] * spec.head.scale)
+        init_head(self.lm_head.weight, spec, vocab, head_init, std=INIT_STD)
+        if head_init == "target":
             # Logits of about unit variance at the start: the target's rows are long, and steps spent on unlearning
             # confident nonsense are lost.
-            self.norm.weight.fill_(1.0 / float(self.lm_head.weight.norm(dim=1).mean()))
-        else:
-            raise ValueError(f"draft.head_init: expected 'target' or 'random', got {head_init!r}")
+            nn.init.constant_(self.norm.weight, 1.0 / float(self.lm_head.weight.detach().norm(dim=1).mean()))
+
+    embedding: Tensor
 
     def frozen_tensors(self) -> list[Tensor]:
         return [self.embedding]
@@ -82,12 +77,12 @@ class Eagle3(Draft):
 
     def unroll(self, batch: Batch, states: TargetStates, num_depths: int | None = None) -> Float[Tensor, "K B T H"]:
         hidden = self.fc(states.aux.to(self.fc.weight.dtype))
-        visible = _visible(batch)
+        visible = visible_anchors(batch)
         causal: tuple[Tensor, Tensor] | None = None
         own: tuple[tuple[Tensor, Tensor], ...] = ()
         outputs = []
         for depth in range(1, (num_depths or self.num_depths) + 1):
-            embedded = self._embed(_shifted(batch.tokens, depth))
+            embedded = self._embed(shifted(batch.tokens, depth))
             queries, keys, values = self.midlayer.project(embedded, hidden, batch.positions + depth - 1)
             if causal is None:
                 causal = (keys, values)
@@ -125,6 +120,12 @@ class Eagle3(Draft):
 
     def _embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T H"]:
         return nn.functional.embedding(tokens, self.embedding).to(self.fc.weight.dtype)
+
+
+def _served_by(model_type: str) -> str:
+    if any(name in model_type for name in _VLLM_TARGETS):
+        return "vLLM and SGLang (EAGLE-3)"
+    return f"vLLM and SGLang serve EAGLE-3, but for {model_type} targets only if your version lists them"
 
 
 class _FusedLayer(nn.Module):
@@ -166,18 +167,3 @@ class _FusedLayer(nn.Module):
 
     def _split(self, flat: Float[Tensor, "B S NE"], num_heads: int) -> Float[Tensor, "B N S E"]:
         return flat.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)
-
-
-def _visible(batch: Batch) -> Bool[Tensor, "B 1 T T"]:
-    """Anchors of the same conversation, not later than the query's."""
-    same = batch.segments[:, :, None] == batch.segments[:, None, :]
-    slots = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-    return (same & (slots[:, None] >= slots[None, :]))[:, None]
-
-
-def _shifted(tokens: Int[Tensor, "B T"], offset: int) -> Int[Tensor, "B T"]:
-    """x_{t + offset} at slot t; past the row's end, where no anchor is supervised, token 0."""
-    shifted = torch.zeros_like(tokens)
-    if offset < tokens.shape[1]:
-        shifted[:, :-offset] = tokens[:, offset:]
-    return shifted

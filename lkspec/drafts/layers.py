@@ -1,10 +1,13 @@
-"""The parts of a plain Llama decoder layer that drafts are made of."""
+"""What several drafts are made of: parts of a plain Llama decoder layer, heads, and what an anchor reads."""
 
 from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from lkspec.types import Batch, TargetSpec
+from lkspec.vocab import DraftVocab
 
 INIT_STD = 0.02
 
@@ -50,27 +53,39 @@ class Rope(nn.Module):
         return heads * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def attend(
-    queries: Float[Tensor, "B N S E"],
-    keys: Float[Tensor, "B M L E"],
-    values: Float[Tensor, "B M L E"],
-    mask: Bool[Tensor, "B 1 S L"],
-    own: tuple[tuple[Float[Tensor, "B M S E"], Float[Tensor, "B M S E"]], ...] = (),
-) -> Float[Tensor, "B N S E"]:
-    """Grouped-query attention to masked keys and, besides, of each query to one key of its own per entry of ``own``.
+@torch.no_grad()
+def init_head(weight: Float[Tensor, "D H"], spec: TargetSpec, vocab: DraftVocab, how: str, *, std: float) -> None:
+    """Fills a head: ``target`` takes the target's rows (times the scale of its head), ``random`` draws N(0, std^2).
 
-    softmax over [q K^T | q k_own_1 | ...] / sqrt(E): the entries of ``own`` are a diagonal (slot s of a query only
-    meets slot s of an own key), so a depth of the training-time test costs S, not S^2, more scores.
+    Raises:
+        ValueError: an unknown way, or ``target`` where the target's head has a bias or another width.
     """
-    num_rows, num_heads, num_queries, head_dim = queries.shape
-    groups = num_heads // keys.shape[1]
-    grouped = queries.reshape(num_rows, keys.shape[1], groups, num_queries, head_dim)
-    scores = grouped @ keys[:, :, None].transpose(-1, -2)
-    scores = scores.float().masked_fill(~mask[:, :, None], -torch.inf)
-    diagonal = [(grouped * key[:, :, None]).sum(-1, keepdim=True).float() for key, _ in own]
-    weights = torch.softmax(torch.cat([scores, *diagonal], dim=-1) * head_dim**-0.5, dim=-1).to(values.dtype)
-    num_keys = keys.shape[2]
-    mixed = weights[..., :num_keys] @ values[:, :, None]
-    for index, (_, value) in enumerate(own):
-        mixed = mixed + weights[..., num_keys + index, None] * value[:, :, None]
-    return mixed.reshape(num_rows, num_heads, num_queries, head_dim)
+    if how == "random":
+        nn.init.normal_(weight, std=std)
+        return
+    if how != "target":
+        raise ValueError(f"draft.head_init: expected 'target' or 'random', got {how!r}")
+    head = spec.head
+    if head.bias is not None:
+        raise ValueError("draft.head_init=target: the target's head has a bias, which a draft's head has not")
+    if head.weight.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"draft.head_init=target: the target's head reads {head.weight.shape[1]} features, this draft's "
+            f"{weight.shape[1]}; make them equal or set draft.head_init=random"
+        )
+    weight.copy_(head.weight[vocab.ids.to(head.weight.device)] * head.scale)
+
+
+def visible_anchors(batch: Batch) -> Bool[Tensor, "B 1 T T"]:
+    """Anchors of the same conversation, not later than the query's."""
+    same = batch.segments[:, :, None] == batch.segments[:, None, :]
+    slots = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+    return (same & (slots[:, None] >= slots[None, :]))[:, None]
+
+
+def shifted(tokens: Int[Tensor, "B T"], offset: int) -> Int[Tensor, "B T"]:
+    """x_{t + offset} at slot t; past the row's end, where no anchor is supervised, token 0."""
+    moved = torch.zeros_like(tokens)
+    if offset < tokens.shape[1]:
+        moved[:, :-offset] = tokens[:, offset:]
+    return moved

@@ -13,6 +13,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma3TextConfig,
     GptOssConfig,
     LlamaConfig,
@@ -35,7 +36,8 @@ _CHATML = (
 
 class TinyTarget(TransformersTarget):
     """A seeded random model over bytes: ``kind`` is llama (grouped queries), gemma3 (sliding layers, query and key
-    norms, two RoPE bases) or gpt_oss (attention sinks, alternating sliding layers, YaRN, 2 of 4 experts).
+    norms, two RoPE bases), gpt_oss (attention sinks, alternating sliding layers, YaRN, 2 of 4 experts) or deepseek_v3
+    (latent attention, interleaved RoPE, 3 of 8 experts in groups beside a shared one, the first layer dense).
 
     The global random state is left alone. The head is never tied to the embedding: a random tied head mostly
     predicts the token just read.
@@ -109,6 +111,8 @@ def _draw_weights(model: Any, seed: int, logit_std: float) -> None:
     """Draws every parameter but the norms in float32, so that all dtypes hold the same model."""
     generator = torch.Generator().manual_seed(seed)
     embedding_std = 1.0 / float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))  # Gemma multiplies by it
+    # Experts are [experts, in, out] in gpt-oss, [experts, out, in] elsewhere; linear layers are [out, in].
+    experts_input = -2 if any(getattr(module, "is_transposed", False) for module in model.modules()) else -1
     for name, parameter in model.named_parameters():
         if "norm" in name:
             continue
@@ -118,8 +122,8 @@ def _draw_weights(model: Any, seed: int, logit_std: float) -> None:
             std = 1.0
         elif parameter.ndim == 1:  # strong biases would drown the context
             std = 0.2
-        else:  # experts are [experts, in, out], linear layers [out, in]
-            std = parameter.shape[-2 if parameter.ndim == 3 else -1] ** -0.5
+        else:
+            std = parameter.shape[experts_input if parameter.ndim == 3 else -1] ** -0.5
         if "lm_head" in name:
             std *= logit_std
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
@@ -158,8 +162,28 @@ def _gpt_oss(**sizes: Any) -> PreTrainedConfig:
     )
 
 
+def _deepseek_v3(**sizes: Any) -> PreTrainedConfig:
+    hidden_size, head_dim = sizes["hidden_size"], sizes.pop("head_dim")
+    return DeepseekV3Config(
+        **{**sizes, "num_key_value_heads": sizes["num_attention_heads"]},  # latents are expanded to every head
+        q_lora_rank=hidden_size // 2,
+        kv_lora_rank=hidden_size // 2,
+        qk_nope_head_dim=head_dim - head_dim // 2,
+        qk_rope_head_dim=head_dim // 2,
+        v_head_dim=head_dim,
+        first_k_dense_replace=1,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        n_group=4,
+        topk_group=2,
+        num_experts_per_tok=3,
+        moe_intermediate_size=sizes["intermediate_size"] // 4,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+    )
+
+
 def _every_other_layer_full(num_layers: int) -> list[str]:
     return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(num_layers)]
 
 
-_KINDS = {"llama": _llama, "gemma3": _gemma3, "gpt_oss": _gpt_oss}
+_KINDS = {"llama": _llama, "gemma3": _gemma3, "gpt_oss": _gpt_oss, "deepseek_v3": _deepseek_v3}

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lkspec.kv_cache import PositionCache
+from lkspec.targets.decoder_layer import StandaloneLayer
 from lkspec.types import Batch, DecoderDims, LinearHead, TargetSpec, TargetStates
 
 _MASKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -105,8 +106,14 @@ class TransformersTarget:
             embedding=self.embedding,
             head=self.head,
             num_aux=len(self.aux_layer_ids),
+            model_type=str(self.config.model_type),
+            new_layer=self._new_layer,
         )
         self.fingerprint = self._fingerprint()
+
+    def _new_layer(self, copied: bool) -> StandaloneLayer:
+        kind = "full_attention" if "full_attention" in self._layer_types else next(iter(self._layer_types))
+        return StandaloneLayer(self._decoder, layer_type=kind, window=self._layer_types[kind], copied=copied)
 
     @property
     def vocab_size(self) -> int:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LEAVES = {"lkspec.types", "lkspec.vocab", "lkspec.kv_cache", "lkspec.files"}
+LEAVES = {f"lkspec.{name}" for name in ("types", "vocab", "kv_cache", "files", "attention", "tensor_folder")}
 PROTOCOLS = {"lkspec.drafts.base", "lkspec.targets.base"}
 PACKAGES = ("losses", "drafts", "targets", "data", "benchmarks", "decoding")
-ENTRY_POINTS = {f"lkspec.{name}" for name in ("train", "evaluate", "generate", "inspect", "show")}
+ENTRY_POINTS = {f"lkspec.{name}" for name in ("train", "evaluate", "generate", "inspect", "show", "capture")}
 MAY_IMPORT_HYDRA = ENTRY_POINTS | {"lkspec.config", "lkspec.assemble"}
 MAY_IMPORT_LIGHTNING = {"lkspec.module", "lkspec.data.datamodule", "lkspec.train"}
-NOT_ARCHITECTURES = {"lkspec.drafts", "lkspec.drafts.base", "lkspec.drafts.layers"}
+NOT_ARCHITECTURES = {f"lkspec.drafts{name}" for name in ("", ".base", ".layers", ".mtp_layouts")}
 
 
 def module_name(file: Path) -> str:

@@ -62,14 +62,14 @@ def assert_same_states(got: TargetStates, expected: TargetStates, batch: Batch, 
 
 @pytest.mark.parametrize("batch", [PADDED, PACKED], ids=["padded", "packed"])
 def test_states_are_the_targets(tiny_target, batch):
-    remembered = RememberedStates(tiny_target, PLENTY)
+    remembered = RememberedStates(tiny_target.states, PLENTY)
     expected = tiny_target.states(batch)
     assert_same_states(remembered(batch), expected, batch)
     assert_same_states(remembered(batch), expected, batch)  # from memory
 
 
 def test_what_was_seen_is_not_computed_again(counting):
-    remembered = RememberedStates(counting, PLENTY)
+    remembered = RememberedStates(counting.states, PLENTY)
     first = remembered(PADDED)
     assert counting.computed == [(("a",),), (("b",),), (("c",),)]
     second = remembered(PADDED)
@@ -81,15 +81,15 @@ def test_what_was_seen_is_not_computed_again(counting):
 
 
 def test_states_do_not_depend_on_the_rest_of_the_batch(tiny_target):
-    packed = RememberedStates(tiny_target, PLENTY)(PACKED)
-    alone = RememberedStates(tiny_target, PLENTY)(rows_of([("d", D)]))
+    packed = RememberedStates(tiny_target.states, PLENTY)(PACKED)
+    alone = RememberedStates(tiny_target.states, PLENTY)(rows_of([("d", D)]))
     start = len(A) + len(C)
     assert packed.last[0, start : start + len(D)].equal(alone.last[0])
     assert packed.aux[0, start : start + len(D)].equal(alone.aux[0])
 
 
 def test_one_id_with_two_texts_is_not_mixed_up(counting):
-    remembered = RememberedStates(counting, PLENTY)
+    remembered = RememberedStates(counting.states, PLENTY)
     same_length = text(len(A), seed=99)
     for tokens in (A, same_length, A[:-1], A, same_length):
         batch = rows_of([("a", tokens)])
@@ -99,14 +99,14 @@ def test_one_id_with_two_texts_is_not_mixed_up(counting):
 
 def test_a_rank_that_has_run_out_passes_a_batch_without_text(tiny_target):
     nothing = torch.zeros(1, 2, dtype=torch.int64)
-    states = RememberedStates(tiny_target, PLENTY)(Batch(nothing, nothing, nothing, nothing, ((),)))
+    states = RememberedStates(tiny_target.states, PLENTY)(Batch(nothing, nothing, nothing, nothing, ((),)))
     assert states.last.shape == (1, 2, 64)
     assert states.aux.shape == (1, 2, 3 * 64)
 
 
 def test_once_full_the_rest_is_computed_each_time(counting):
     room = (len(A) + len(C)) * NUM_STATES * 4  # bytes in float32: a fits, b does not, c just does
-    remembered = RememberedStates(counting, (room + 0.5) / 1e9)
+    remembered = RememberedStates(counting.states, (room + 0.5) / 1e9)
     expected = counting.target.states(PADDED)
     for _ in range(3):
         assert_same_states(remembered(PADDED), expected, PADDED)
@@ -116,7 +116,7 @@ def test_once_full_the_rest_is_computed_each_time(counting):
 
 
 def test_without_memory_whole_batches_are_computed(counting):
-    remembered = RememberedStates(counting, 0)
+    remembered = RememberedStates(counting.states, 0)
     for _ in range(2):
         assert_same_states(remembered(PACKED), counting.target.states(PACKED), PACKED, tolerance=1e-12)
     assert counting.computed == [PACKED.ids, PACKED.ids]
@@ -124,7 +124,7 @@ def test_without_memory_whole_batches_are_computed(counting):
 
 @pytest.mark.parametrize("made_inside", [False, True], ids=["batch made outside", "batch made inside"])
 def test_states_remembered_in_inference_mode_serve_training(counting, made_inside):
-    remembered = RememberedStates(counting, PLENTY)
+    remembered = RememberedStates(counting.states, PLENTY)
     with torch.inference_mode():
         batch = PACKED if not made_inside else replace(PACKED, tokens=PACKED.tokens + 0, segments=PACKED.segments + 0)
         remembered(batch)
@@ -139,7 +139,7 @@ def test_states_remembered_in_inference_mode_serve_training(counting, made_insid
 
 
 def test_what_a_caller_writes_into_the_states_is_not_remembered(tiny_target):
-    remembered = RememberedStates(tiny_target, PLENTY)
+    remembered = RememberedStates(tiny_target.states, PLENTY)
     batch = rows_of([("a", A)])
     expected = remembered(batch).last.clone()
     remembered(batch).last.zero_()

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+from draft_cases import random_batch
 from torch import Tensor
 
 from lkspec.drafts.eagle3 import Eagle3
-from lkspec.types import Batch, DecoderDims, LinearHead, TargetSpec, TargetStates, stack_rows
+from lkspec.types import Batch, DecoderDims, LinearHead, TargetSpec, TargetStates
 from lkspec.vocab import DraftVocab
 
 V = 30
@@ -39,6 +40,8 @@ def make_spec(*, bias: bool = False, scale: float = 1.0, dtype: torch.dtype = to
         embedding=draw(V, 16),
         head=LinearHead(weight=draw(V, 16), bias=draw(V) if bias else None, scale=scale),
         num_aux=3,
+        model_type="llama",
+        new_layer=lambda copied: torch.nn.Identity(),
     )
 
 
@@ -54,29 +57,8 @@ def make_draft(vocab: DraftVocab | None = None, *, seed: int = 0, **options) -> 
 
 
 def make_batch(rows: list[list[int]], *, seed: int = 0) -> tuple[Batch, TargetStates]:
-    """Rows of conversations of these lengths, packed and padded on the right, with random tokens and states.
-
-    Padding gets states as well, as a target would give it.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    positions = stack_rows(torch.cat([torch.arange(n) for n in row]) for row in rows)
-    segments = stack_rows(torch.cat([torch.full((n,), i + 1) for i, n in enumerate(row)]) for row in rows)
-    tokens = torch.randint(0, V, positions.shape, generator=generator) * (segments > 0)
-    ids = tuple(tuple(f"r{r}s{s}" for s in range(len(row))) for r, row in enumerate(rows))
-    aux = torch.randn(*tokens.shape, 48, generator=generator)
-    turns = segments * (positions > 0)  # all but each conversation's first token is one assistant turn
-    return Batch(tokens, positions, segments, turns, ids), TargetStates(aux, torch.zeros(*tokens.shape, 16))
-
-
-def conversation(batch: Batch, states: TargetStates, row: int, segment: int) -> tuple[Batch, TargetStates]:
-    """One conversation of a batch, by itself."""
-    inside = batch.segments[row] == segment
-    tokens, ones = batch.tokens[row, inside][None], torch.ones(1, int(inside.sum()), dtype=torch.int64)
-    positions = torch.arange(tokens.shape[1])[None]
-    return (
-        Batch(tokens, positions, ones, ones * (positions > 0), (("alone",),)),
-        TargetStates(states.aux[row, inside][None], states.last[row, inside][None]),
-    )
+    """A random batch of the sizes above."""
+    return random_batch(rows, vocab_size=V, aux_size=48, last_size=16, seed=seed)
 
 
 @dataclass

@@ -15,6 +15,8 @@ KINDS = [
     ("gemma3", "sdpa"),
     ("gemma3", "eager"),
     ("gpt_oss", "eager"),
+    ("deepseek_v3", "sdpa"),
+    ("deepseek_v3", "eager"),
 ]
 
 

@@ -31,7 +31,13 @@ def test_any_model_needs_a_path():
 
 
 @pytest.mark.parametrize(
-    ("choice", "kind"), [("tiny", "llama"), ("tiny_gemma3", "gemma3"), ("tiny_gpt_oss", "gpt_oss")]
+    ("choice", "kind"),
+    [
+        ("tiny", "llama"),
+        ("tiny_gemma3", "gemma3"),
+        ("tiny_gpt_oss", "gpt_oss"),
+        ("tiny_deepseek_v3", "deepseek_v3"),
+    ],
 )
 def test_tiny_targets_build(choice, kind):
     target = instantiate(composed(choice, "target.device=cpu", "target.aux_layer_ids=[1,3,6]"))

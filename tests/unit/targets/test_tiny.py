@@ -46,7 +46,7 @@ def test_global_random_state_is_left_alone():
     assert torch.rand(3).equal(expected)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt_oss", "deepseek_v3"])
 def test_predictions_are_peaked_and_depend_on_the_context(kind):
     target = TinyTarget(kind=kind, device="cpu")
     first, second = random_tokens(2, 40)
@@ -66,7 +66,9 @@ def test_other_sizes_and_dtypes():
 
 
 def test_unknown_kind():
-    with pytest.raises(ValueError, match=r"target\.kind: expected one of llama, gemma3, gpt_oss, got 'mamba'"):
+    with pytest.raises(
+        ValueError, match=r"target\.kind: expected one of llama, gemma3, gpt_oss, deepseek_v3, got 'mamba'"
+    ):
         TinyTarget(kind="mamba")
 
 

@@ -1,0 +1,173 @@
+"""Multi-token prediction (DeepSeek-V3, arXiv 2412.19437): one layer of the target's own kind, reused over depths.
+
+At anchor t and depth k, with m_0 = the target's last hidden state (after its final norm)::
+
+    u = eh_proj([enorm(E x_{t+k}) ; hnorm(m_{k-1})]),   m_k = norm(layer(u)),   logits = head(m_k)
+
+so that the next depth reads the normalised output, as the engines do. Keys: depth 1 of all anchors <= t, then this
+anchor's own depths 2..k; RoPE position t + k - 1. The embedding E and the head are the target's, shared and frozen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from lkspec.drafts.base import Draft
+from lkspec.drafts.layers import linear, shifted, visible_anchors
+from lkspec.drafts.mtp_layouts import layout_of, read_native
+from lkspec.kv_cache import PositionCache
+from lkspec.tensor_folder import TensorFolder
+from lkspec.types import Batch, DraftSampler, FreshStates, LinearHead, TargetSpec, TargetStates
+from lkspec.vocab import DraftVocab
+
+
+class MTP(Draft):
+    """The MTP module of a target.
+
+    A target whose checkpoints carry such a module (DeepSeek-V3, Qwen3-Next) gives it to ``load_folder``
+    (``draft=mtp_native``); for any other the module is built from the class of the target's decoder layer.
+
+    Args:
+        spec: the target's dimensions, embedding, head and decoder layer.
+        vocab: the draft vocabulary, usually the full one.
+        num_depths: depths K of the training.
+        layer_init: ``target`` starts from a copy of the target's last layer that reads the sum of both inputs;
+            ``random`` draws layer and projection.
+
+    Raises:
+        ValueError: num_depths < 1 or an unknown layer_init.
+    """
+
+    full_vocabulary = True
+    embedding: Tensor
+    head_weight: Tensor
+    head_bias: Tensor | None
+
+    def __init__(
+        self,
+        spec: TargetSpec,
+        vocab: DraftVocab,
+        *,
+        num_depths: int = 6,
+        layer_init: str = "target",
+        paper_eta: float = 3.0,
+    ) -> None:
+        super().__init__()
+        if num_depths < 1:
+            raise ValueError(f"draft.num_depths: expected at least 1, got {num_depths}")
+        if layer_init not in ("target", "random"):
+            raise ValueError(f"draft.layer_init: expected 'target' or 'random', got {layer_init!r}")
+        size, eps = spec.dims.hidden_size, spec.dims.rms_norm_eps
+        self.vocab = vocab
+        self.num_depths = num_depths
+        self.max_depths = None
+        self.paper_eta = paper_eta
+        self.layout = layout_of(spec.model_type)
+        self.served_by = self.layout.served_by
+        self.enorm, self.hnorm, self.norm = (nn.RMSNorm(size, eps=eps) for _ in range(3))
+        self.eh_proj = linear(2 * size, size)
+        self.layer = spec.new_layer(layer_init == "target")
+        self.window: int | None = self.layer.window  # type: ignore[assignment]  # how many positions a query sees
+        if layer_init == "target":
+            nn.init.eye_(self.eh_proj.weight[:, :size])
+            nn.init.eye_(self.eh_proj.weight[:, size:])
+        # Logits of about unit variance at the start, as in EAGLE-3; the next depth normalises what it reads.
+        nn.init.constant_(
+            self.norm.weight, 1.0 / (spec.head.scale * float(spec.head.weight.float().norm(dim=1).mean()))
+        )
+        self.register_buffer("embedding", spec.embedding, persistent=False)
+        self._share_head(spec.head)
+
+    def _share_head(self, head: LinearHead) -> None:
+        """The target's head, its rows outside the draft vocabulary left out."""
+        ids = self.vocab.ids.to(head.weight.device)
+        whole = self.vocab.is_full
+        self.register_buffer("head_weight", head.weight if whole else head.weight[ids], persistent=False)
+        bias = head.bias if whole or head.bias is None else head.bias[ids]
+        self.register_buffer("head_bias", bias, persistent=False)
+        self._head_scale, self._head_soft_cap = head.scale, head.soft_cap
+
+    def load_folder(self, path: str) -> None:
+        shapes = {name: tensor.shape for name, tensor in self.state_dict().items() if not name.startswith("vocab.")}
+        shared = {"embedding": self.embedding, "head": self.head_weight}
+        tensors = read_native(TensorFolder(path), self.layout, shapes, shared, self.vocab)
+        self.load_state_dict(tensors, strict=False)
+
+    def frozen_tensors(self) -> list[Tensor]:
+        return [self.embedding, self.head_weight]
+
+    def head(self, depth: int) -> LinearHead:
+        return LinearHead(self.head_weight, self.head_bias, self._head_scale, self._head_soft_cap)
+
+    def unroll(self, batch: Batch, states: TargetStates, num_depths: int | None = None) -> Float[Tensor, "K B T H"]:
+        hidden = states.last.to(self.eh_proj.weight.dtype)
+        entries = _UnrolledEntries()
+        outputs = []
+        for depth in range(1, (num_depths or self.num_depths) + 1):
+            positions = batch.positions + depth - 1
+            mask = self._visible(batch, depth)
+            hidden = self._step(shifted(batch.tokens, depth), hidden, positions, mask, entries)
+            outputs.append(hidden)
+        return torch.stack(outputs)
+
+    def observe(self, cache: PositionCache, fresh: FreshStates) -> Float[Tensor, "B S H"]:
+        return self._cached_step(
+            cache, fresh.next_tokens, fresh.states.last.to(self.eh_proj.weight.dtype), fresh.positions
+        )
+
+    def propose(
+        self, cache: PositionCache, fresh: FreshStates, sample: DraftSampler, num_draft_tokens: int
+    ) -> Int[Tensor, "B K"]:
+        rows = torch.arange(fresh.lengths.shape[0], device=fresh.lengths.device)
+        hidden = self.observe(cache, fresh)[rows, fresh.lengths - 1][:, None]
+        anchors = fresh.positions[rows, fresh.lengths - 1][:, None]
+        tokens: list[Tensor] = []
+        for depth in range(1, num_draft_tokens + 1):
+            if depth > 1:
+                hidden = self._cached_step(cache, tokens[-1][:, None], hidden, anchors + depth - 1)
+            tokens.append(self.vocab.to_target(sample(self.head(depth).logits(hidden[:, 0]))))
+        return torch.stack(tokens, dim=1)
+
+    def _cached_step(
+        self, cache: PositionCache, tokens: Int[Tensor, "B S"], hidden: Float[Tensor, "B S H"], positions: Tensor
+    ) -> Float[Tensor, "B S H"]:
+        cache.at(positions)
+        return self._step(tokens, hidden, positions, cache.mask(self.window), cache)
+
+    def _step(
+        self,
+        tokens: Int[Tensor, "B S"],
+        hidden: Float[Tensor, "B S H"],
+        positions: Int[Tensor, "B S"],
+        mask: Bool[Tensor, "B 1 S L"],
+        cache: Any,
+    ) -> Float[Tensor, "B S H"]:
+        embedded = nn.functional.embedding(tokens, self.embedding).to(hidden.dtype)
+        if self.layout.zero_first_embedding:
+            embedded = embedded.masked_fill((positions == 0)[..., None], 0.0)
+        fused = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1))
+        return self.norm(self.layer(fused, positions, mask, cache))
+
+    def _visible(self, batch: Batch, depth: int) -> Bool[Tensor, "B 1 T T"]:
+        visible = visible_anchors(batch)
+        if self.window is None:
+            return visible
+        distance = batch.positions[:, :, None] + depth - 1 - batch.positions[:, None, :]
+        return visible & (distance < self.window)[:, None]
+
+
+class _UnrolledEntries:
+    """The layer's cache during ``unroll``: entries of depth 1, then of each later depth, S slots each."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object) -> tuple[Tensor, Tensor]:
+        """All entries so far, depth after depth."""
+        self._entries.append((keys, values))
+        all_keys, all_values = zip(*self._entries, strict=True)
+        return torch.cat(all_keys, dim=2), torch.cat(all_values, dim=2)
