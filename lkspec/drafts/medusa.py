@@ -42,7 +42,7 @@ class Medusa(Draft):
         num_depths: int = 6,
         num_layers: int = 1,
         bias: bool = False,
-        head_init: str = "random",
+        head_init: str = "target",
         paper_eta: float = 10.0,
     ) -> None:
         super().__init__()

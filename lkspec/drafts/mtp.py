@@ -53,7 +53,7 @@ class MTP(Draft):
         vocab: DraftVocab,
         *,
         num_depths: int = 6,
-        layer_init: str = "target",
+        layer_init: str = "random",
         paper_eta: float = 3.0,
     ) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class MTP(Draft):
         self.load_state_dict(tensors, strict=False)
 
     def frozen_tensors(self) -> list[Tensor]:
-        return [self.embedding, self.head_weight]
+        return [tensor for tensor in (self.embedding, self.head_weight, self.head_bias) if tensor is not None]
 
     def head(self, depth: int) -> LinearHead:
         return LinearHead(self.head_weight, self.head_bias, self._head_scale, self._head_soft_cap)
