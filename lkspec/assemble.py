@@ -64,7 +64,7 @@ def initial_weights(source: str | None, root: Path, target: Target) -> dict[str,
     folder = find_run(source, root)
     checkpoint = read_checkpoint(folder)
     _check_target(folder, checkpoint, target)
-    return _draft_weights(checkpoint)
+    return draft_weights(checkpoint)
 
 
 def init_draft(draft: Draft, source: str, weights: dict[str, torch.Tensor] | None) -> None:
@@ -121,7 +121,7 @@ def load_run(folder: RunFolder, *, device: str | None = None, dtype: str | None 
     checkpoint = read_checkpoint(folder)
     target: Target = instantiate(config.target)
     _check_target(folder, checkpoint, target)
-    weights = _draft_weights(checkpoint)
+    weights = draft_weights(checkpoint)
     draft = build_draft(config.draft, target, DraftVocab(weights["vocab.ids"], target.vocab_size))
     try:
         draft.load_state_dict(weights)
@@ -154,7 +154,8 @@ def _check_target(folder: RunFolder, checkpoint: dict[str, Any], target: Target)
         )
 
 
-def _draft_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+def draft_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The draft's tensors of a checkpoint, its vocabulary among them."""
     return {name.removeprefix("draft."): value for name, value in checkpoint["state_dict"].items()}
 
 

@@ -16,7 +16,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lkspec.assemble import build_benchmarks, build_draft, build_vocab, init_draft, initial_weights, run_facts
+from lkspec.assemble import (
+    build_benchmarks,
+    build_draft,
+    build_vocab,
+    draft_weights,
+    init_draft,
+    initial_weights,
+    read_checkpoint,
+    run_facts,
+)
 from lkspec.config import entry_point, flat_settings, instantiate, resolved
 from lkspec.data.captured import CapturedStates
 from lkspec.data.datamodule import SpeculatorDataModule
@@ -50,7 +59,7 @@ def main(config: DictConfig) -> dict[str, float] | None:
     data: SpeculatorDataModule = instantiate(config.data)
     data.bind(target.tokenizer, eos_ids=target.eos_ids, max_positions=target.max_positions)
     data.setup()
-    draft = _build_draft(config, target, data, fresh=checkpoint is None)
+    draft = _build_draft(config, target, data, folder if checkpoint is not None else None)
     info = {
         "config": resolved(config),
         "target_fingerprint": target.fingerprint,
@@ -140,9 +149,12 @@ def _moved(value: Any, old: str, new: str) -> Any:
     return value
 
 
-def _build_draft(config: DictConfig, target: Target, data: SpeculatorDataModule, *, fresh: bool) -> Draft:
-    """The draft to train; a fresh run may start from existing weights, whose draft vocabulary is then its own."""
-    source = config.draft.get("init_from") if fresh else None
+def _build_draft(config: DictConfig, target: Target, data: SpeculatorDataModule, resumed: RunFolder | None) -> Draft:
+    """The draft to train. A resumed run has its vocabulary already; one with ``init_from`` takes over the source's."""
+    if resumed is not None:
+        ids = draft_weights(read_checkpoint(resumed))["vocab.ids"]
+        return build_draft(config.draft, target, DraftVocab(ids, target.vocab_size))
+    source = config.draft.get("init_from")
     weights = initial_weights(source, Path(config.run_root), target)
     if weights is not None and config.vocab.size == "auto":
         vocab = DraftVocab(weights["vocab.ids"], target.vocab_size)

@@ -25,7 +25,8 @@ from lkspec.drafts.eagle3 import Eagle3
 from lkspec.results import RunFolder
 from lkspec.vocab import DraftVocab
 
-DRAFTS = sorted(path.stem for path in (REPOSITORY / "conf" / "draft").glob("*.yaml"))
+# mtp_native needs a target that ships a module: tests/unit/drafts/test_mtp_native.py.
+DRAFTS = sorted({path.stem for path in (REPOSITORY / "conf" / "draft").glob("*.yaml")} - {"mtp_native"})
 LOSSES = sorted(path.stem for path in (REPOSITORY / "conf" / "loss").glob("*.yaml"))
 BARE_RUN = (*TINY_RUN, *NO_EVALUATION, "logger=csv")
 

@@ -2,66 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from eagle3_reference import SOME, V, make_spec
 from torch import Tensor
 
-from lkspec.drafts.layers import GatedMLP, Rope, attend
+from lkspec.drafts.layers import GatedMLP, Rope, init_head, shifted, visible_anchors
+from lkspec.types import Batch
+from lkspec.vocab import DraftVocab
 
 B, S, E = 2, 5, 6
 
 
 def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-@pytest.mark.parametrize("num_own", [0, 1, 3])
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 2), (3, 1)])
-def test_attend_is_attention_over_all_keys_at_once(num_heads: int, num_kv_heads: int, num_own: int) -> None:
-    """A diagonal of own keys is S more keys, of which each query sees one."""
-    num_keys = 7
-    queries = draw(B, num_heads, S, E, seed=0)
-    keys, values = draw(B, num_kv_heads, num_keys, E, seed=1), draw(B, num_kv_heads, num_keys, E, seed=2)
-    own = tuple(
-        (draw(B, num_kv_heads, S, E, seed=3 + i), draw(B, num_kv_heads, S, E, seed=9 + i)) for i in range(num_own)
-    )
-    mask = draw(B, 1, S, num_keys, seed=20) > 0
-    mask[..., 0] = True
-    whole_mask = torch.cat([mask, *[torch.eye(S, dtype=torch.bool).expand(B, 1, S, S)] * num_own], dim=-1)
-    repeats = num_heads // num_kv_heads
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        queries,
-        torch.cat([keys, *[key for key, _ in own]], dim=2).repeat_interleave(repeats, dim=1),
-        torch.cat([values, *[value for _, value in own]], dim=2).repeat_interleave(repeats, dim=1),
-        attn_mask=whole_mask,
-    )
-    # The softmax itself runs in float32, whatever the inputs.
-    torch.testing.assert_close(attend(queries, keys, values, mask, own), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_attend_to_own_keys_alone() -> None:
-    """A query that sees no shared key sees its own."""
-    queries, keys, values = draw(B, 4, S, E, seed=0), draw(B, 2, 3, E, seed=1), draw(B, 2, 3, E, seed=2)
-    own_key, own_value = draw(B, 2, S, E, seed=3), draw(B, 2, S, E, seed=4)
-    nothing = torch.zeros(B, 1, S, 3, dtype=torch.bool)
-    mixed = attend(queries, keys, values, nothing, ((own_key, own_value),))
-    torch.testing.assert_close(mixed, own_value.repeat_interleave(2, dim=1))
-
-
-def test_attend_survives_large_scores() -> None:
-    queries = 1e3 * draw(B, 4, S, E, seed=0).float()
-    keys, values = 1e3 * draw(B, 2, 3, E, seed=1).float(), draw(B, 2, 3, E, seed=2).float()
-    queries.requires_grad_()
-    mixed = attend(
-        queries,
-        keys,
-        values,
-        torch.ones(B, 1, S, 3, dtype=torch.bool),
-        ((keys[:, :, :1].expand(-1, -1, S, -1), values[:, :, :1].expand(-1, -1, S, -1)),),
-    )
-    mixed.sum().backward()
-    assert mixed.isfinite().all()
-    assert queries.grad.isfinite().all()
 
 
 def test_rope_turns_pairs_of_halves() -> None:
@@ -99,3 +55,64 @@ def test_gated_mlp() -> None:
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     gate, up = x @ mlp.gate_proj.weight.T, x @ mlp.up_proj.weight.T
     torch.testing.assert_close(mlp(x), (gate * torch.sigmoid(gate) * up) @ mlp.down_proj.weight.T)
+
+
+@pytest.mark.parametrize("vocab", [SOME, DraftVocab.full(V)], ids=["truncated", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_from_the_target(vocab: DraftVocab, dtype: torch.dtype) -> None:
+    """Rows of the draft vocabulary, times the scale of the target's head, in the draft's own precision and memory."""
+    spec = make_spec(scale=0.5, dtype=dtype)
+    weight = torch.nn.Parameter(torch.zeros(vocab.size, 16))
+    init_head(weight, spec, vocab, "target", std=1.0)
+    for row, target_id in enumerate(vocab.ids.tolist()):
+        assert torch.equal(weight[row], 0.5 * spec.head.weight[target_id].float())
+    assert weight.dtype == torch.float32
+    assert weight.requires_grad
+    weight.data.zero_()
+    assert float(spec.head.weight.abs().sum()) > 0
+
+
+def test_random_head() -> None:
+    """Independent of the target: its bias and width do not matter."""
+    weight = torch.zeros(500, 40)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        init_head(weight, make_spec(bias=True), DraftVocab.full(V), "random", std=0.3)
+    assert float(weight.std()) == pytest.approx(0.3, rel=0.05)
+    assert float(weight.mean()) == pytest.approx(0.0, abs=0.01)
+
+
+def test_heads_that_are_refused() -> None:
+    weight, vocab = torch.zeros(SOME.size, 16), SOME
+    with pytest.raises(ValueError, match=r"draft\.head_init: expected 'target' or 'random', got 'zeros'"):
+        init_head(weight, make_spec(), vocab, "zeros", std=1.0)
+    with pytest.raises(ValueError, match=r"draft\.head_init=target: the target's head has a bias"):
+        init_head(weight, make_spec(bias=True), vocab, "target", std=1.0)
+    with pytest.raises(ValueError, match=r"reads 16 features, this draft's 12; .* draft\.head_init=random"):
+        init_head(torch.zeros(SOME.size, 12), make_spec(), vocab, "target", std=1.0)
+    soft_capped = replace(make_spec().head, soft_cap=30.0)
+    init_head(weight, replace(make_spec(), head=soft_capped), vocab, "target", std=1.0)  # the cap alone is no obstacle
+    assert torch.equal(weight, make_spec().head.weight[SOME.ids])
+
+
+@pytest.mark.parametrize("offset", range(1, 8))
+def test_shifted(offset: int) -> None:
+    tokens = torch.arange(10, 20).reshape(2, 5)
+    moved = shifted(tokens, offset)
+    expected = [[int(row[t + offset]) if t + offset < 5 else 0 for t in range(5)] for row in tokens]
+    assert moved.tolist() == expected
+    assert tokens.tolist() == torch.arange(10, 20).reshape(2, 5).tolist()
+
+
+def test_visible_anchors() -> None:
+    """The same conversation, not later: numbered from 1, padding is 0 and sees only padding."""
+    segments = torch.tensor([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
+    filler = torch.zeros_like(segments)
+    visible = visible_anchors(Batch(filler, filler, segments, filler, (("a", "b"), ("c",))))
+    assert visible.shape == (2, 1, 6, 6)
+    for row in range(2):
+        for query in range(6):
+            for key in range(6):
+                same = segments[row, query] == segments[row, key]
+                assert bool(visible[row, 0, query, key]) == bool(same and key <= query)
+    assert visible.diagonal(dim1=-2, dim2=-1).all(), "no query is left without a key"

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from draft_cases import Case, half_vocab, make_draft
 from torch import Tensor
 
 from lkspec.decoding.chain import ChainDecoder, Completion, Request
 from lkspec.decoding.sampling import Sampling
 from lkspec.drafts.base import Draft
-from lkspec.drafts.eagle3 import Eagle3
 from lkspec.kv_cache import PositionCache
 from lkspec.targets.tiny import TinyTarget
-from lkspec.types import Batch, DraftSampler, FreshStates, stack_rows
+from lkspec.types import Batch, DraftSampler, FreshStates, TargetStates, stack_rows
 from lkspec.vocab import DraftVocab
 
 TOLERANCE = 1e-5
@@ -37,8 +37,25 @@ class Recorded:
     logits: Tensor
 
 
+class TextCache(PositionCache):
+    """A draft's cache beside the tokens that it was shown: rows move with their text."""
+
+    def __init__(self, num_rows: int) -> None:
+        super().__init__(num_rows)
+        self.text = PositionCache(num_rows)
+
+    def copy_row(self, row: int, source: PositionCache, source_row: int, length: int) -> None:
+        super().copy_row(row, source, source_row, length)
+        assert isinstance(source, TextCache)
+        self.text.copy_row(row, source.text, source_row, length)
+
+    def keep(self, rows: list[int]) -> None:
+        super().keep(rows)
+        self.text.keep(rows)
+
+
 class RecordingDraft(Draft):
-    """Wraps a draft; keeps the tokens it observes in one more layer of its cache, so that rows move with their text.
+    """Wraps a draft and remembers its rounds.
 
     ``force`` chooses the drafted token (target id) from the text and what is drafted so far; None leaves the sample.
     """
@@ -47,6 +64,9 @@ class RecordingDraft(Draft):
         super().__init__()
         self.draft, self.force, self.vocab, self.max_depths = draft, force, draft.vocab, draft.max_depths
         self.records: list[Recorded] = []
+
+    def new_cache(self, num_rows: int) -> TextCache:
+        return TextCache(num_rows)
 
     def observe(self, cache: PositionCache, fresh: FreshStates) -> Tensor:
         states = self.draft.observe(cache, fresh)
@@ -76,22 +96,12 @@ class RecordingDraft(Draft):
         return proposed
 
     def _remember(self, cache: PositionCache, fresh: FreshStates) -> list[tuple[int, ...]]:
-        cache.at(fresh.positions)
+        assert isinstance(cache, TextCache)
+        cache.text.at(fresh.positions)
         tokens = fresh.next_tokens.double()[:, None, :, None]
-        seen = cache.update(tokens, tokens, 1)[0][:, 0, :, 0].long()
+        seen = cache.text.update(tokens, tokens, 0)[0][:, 0, :, 0].long()
         anchors = fresh.positions.gather(1, fresh.lengths[:, None] - 1)[:, 0].tolist()
         return [(FIRST, *seen[row, : anchor + 1].tolist()) for row, anchor in enumerate(anchors)]
-
-
-def make_draft(target: TinyTarget, vocab: DraftVocab, *, num_depths: int = K, **options) -> Eagle3:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        draft = Eagle3(target.spec, vocab, num_depths=num_depths, **options)
-        with torch.no_grad():  # at its initial values the layer hardly changes anything
-            for parameter in draft.parameters():
-                if parameter is not draft.lm_head.weight:
-                    parameter.add_(0.05 * torch.randn_like(parameter))
-    return draft
 
 
 def make_requests(num: int, num_new: int) -> list[Request]:
@@ -157,13 +167,7 @@ def run(target: TinyTarget, draft: Draft, requests, *, sampling: Sampling, batch
     return sorted(decoder.run(requests), key=lambda completion: completion.request.prompt_id)
 
 
-@pytest.fixture(params=["tiny_target", "tiny_gemma3", "tiny_gpt_oss"])
-def target(request) -> TinyTarget:
-    return request.getfixturevalue(request.param)
-
-
-@pytest.mark.parametrize("norm_before_residual", [False, True])
-def test_forced_outcomes(target: TinyTarget, norm_before_residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forced_outcomes(case: Case, target: TinyTarget, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy rounds rejected at depth 1, in the middle and nowhere, and one row whose text ends inside a round."""
     requests = make_requests(3, 24)
     greedy = run(target, None, requests, sampling=Sampling(temperature=0.0), batch_size=3)
@@ -181,7 +185,7 @@ def test_forced_outcomes(target: TinyTarget, norm_before_residual: bool, monkeyp
     first = greedy[0].tokens
     eos = next(first[place] for place in (12, 11, 8, 7, 16, 15) if first[place] not in first[:place])
     monkeypatch.setattr(target, "eos_ids", (eos,))
-    draft = RecordingDraft(make_draft(target, vocab, norm_before_residual=norm_before_residual), force)
+    draft = RecordingDraft(make_draft(case, target.spec, vocab), force)
     completions = run(target, draft, requests, sampling=Sampling(temperature=0.0), batch_size=3)
     accepted = [made.accepted for made in completions[0].rounds]
     assert completions[0].finish_reason == "stop"
@@ -199,66 +203,70 @@ def test_forced_outcomes(target: TinyTarget, norm_before_residual: bool, monkeyp
         assert num_agreeing > len(completion.rounds), "depths behind an accepted token are among them"
 
 
-@pytest.mark.parametrize("truncated", [False, True], ids=["full", "truncated"])
-def test_sampled_rounds(target: TinyTarget, truncated: bool) -> None:
-    """Sampling, slots that are refilled and dropped: five rows in three slots."""
-    ids = torch.arange(1, target.vocab_size, 2) if truncated else torch.arange(target.vocab_size)
-    draft = RecordingDraft(make_draft(target, DraftVocab(ids, target.vocab_size)))
+def test_sampled_rounds(case: Case, target: TinyTarget) -> None:
+    """Sampling, text outside the draft vocabulary, slots that are refilled and dropped: five rows in three slots."""
+    draft = RecordingDraft(make_draft(case, target.spec, half_vocab(target.vocab_size)))
     completions = run(target, draft, make_requests(5, 10), sampling=Sampling(), batch_size=3)
     rounds = [record for completion in completions for record in of_text(draft.records, completion)]
     assert len(rounds) == sum(len(completion.rounds) for completion in completions) > 20
+    assert any(token % 2 == 0 for completion in completions for token in completion.tokens[:-1])
     assert_training_agrees(draft.draft, target, rounds)
     for completion in completions:
         assert assert_text_agrees(draft.draft, target, draft.records, completion) >= len(completion.rounds)
 
 
-def test_more_depths_than_were_trained(tiny_target: TinyTarget) -> None:
+def test_more_depths_than_were_trained(case: Case, target: TinyTarget) -> None:
     """Trained with two depths, drafting seven: later depths are what unrolling further computes."""
-    draft = RecordingDraft(make_draft(tiny_target, DraftVocab.full(tiny_target.vocab_size), num_depths=2))
-    completions = run(tiny_target, draft, make_requests(3, 8), sampling=Sampling(), batch_size=2, num_draft_tokens=7)
+    draft = RecordingDraft(make_draft(case, target.spec, num_depths=2))
+    options = {"sampling": Sampling(), "batch_size": 2, "num_draft_tokens": 7}
+    if case.independent_depths:
+        with pytest.raises(ValueError, match="num_draft_tokens=7"):
+            run(target, draft, make_requests(3, 8), **options)
+        return
+    completions = run(target, draft, make_requests(3, 8), **options)
     rounds = [record for completion in completions for record in of_text(draft.records, completion)]
-    assert_training_agrees(draft.draft, tiny_target, rounds)
+    assert len(rounds) > 6
+    assert_training_agrees(draft.draft, target, rounds)
 
 
-def test_observing_in_pieces(tiny_target: TinyTarget) -> None:
+def fresh_states(tokens: Tensor, states: TargetStates, spans: Sequence[tuple[int, int]]) -> FreshStates:
+    """Anchors ``start .. stop - 1`` of each row, padded behind them with anything."""
+    generator = torch.Generator().manual_seed(3)
+    width = max(stop - start for start, stop in spans)
+    aux, last = (
+        torch.randn(len(spans), width, part.shape[-1], generator=generator) for part in (states.aux, states.last)
+    )
+    following = torch.full((len(spans), width), 7)
+    for row, (start, stop) in enumerate(spans):
+        aux[row, : stop - start] = states.aux[row, start:stop]
+        last[row, : stop - start] = states.last[row, start:stop]
+        following[row, : stop - start] = tokens[row, start + 1 : stop + 1]
+    positions = torch.stack([torch.arange(start, start + width) for start, _ in spans])
+    lengths = torch.tensor([stop - start for start, stop in spans])
+    return FreshStates(following, positions, TargetStates(aux, last), lengths)
+
+
+def test_observing_in_pieces(case: Case, target: TinyTarget) -> None:
     """The prompt at once, or a few anchors at a time with padding behind them: the same states and drafts."""
-    draft = make_draft(tiny_target, DraftVocab.full(tiny_target.vocab_size))
-    generator = torch.Generator().manual_seed(2)
-    tokens = torch.randint(0, 256, (2, 13), generator=generator)
+    draft = make_draft(case, target.spec)
+    tokens = torch.randint(0, 256, (2, 13), generator=torch.Generator().manual_seed(2))
     ones = torch.ones_like(tokens)
-    states = tiny_target.states(Batch(tokens, torch.arange(13).expand(2, 13), ones, ones, (("a",), ("b",))))
+    states = target.states(Batch(tokens, torch.arange(13).expand(2, 13), ones, ones, (("a",), ("b",))))
 
-    def fresh(start: int, stops: tuple[int, int]) -> FreshStates:
-        width = max(stops) - start
-        aux = torch.randn(2, width, states.aux.shape[-1], generator=generator)  # padding may hold anything
-        following = torch.full((2, width), 7)
-        for row, stop in enumerate(stops):
-            aux[row, : stop - start] = states.aux[row, start:stop]
-            following[row, : stop - start] = tokens[row, start + 1 : stop + 1]
-        return FreshStates(
-            next_tokens=following,
-            positions=torch.arange(start, start + width).expand(2, width),
-            states=type(states)(aux=aux, last=aux[..., :64]),
-            lengths=torch.tensor(stops) - start,
-        )
+    def drafted_from(cache: PositionCache, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        logits: list[Tensor] = []
 
-    def argmax(logits: Tensor) -> Tensor:
-        drafted.append(logits)
-        return logits.argmax(-1)
+        def argmax(depth_logits: Tensor) -> Tensor:
+            logits.append(depth_logits)
+            return depth_logits.argmax(-1)
+
+        return draft.propose(cache, fresh_states(tokens, states, spans), argmax, K), torch.stack(logits)
 
     with torch.inference_mode():
-        drafted: list[Tensor] = []
-        whole = draft.propose(draft.new_cache(2), fresh(0, (12, 12)), argmax, K)
-        expected, drafted = drafted, []
+        whole, expected = drafted_from(draft.new_cache(2), [(0, 12), (0, 12)])
         cache = draft.new_cache(2)
-        draft.observe(cache, fresh(0, (5, 5)))
-        draft.propose(cache, fresh(5, (6, 9)), lambda logits: logits.argmax(-1), K)
-        # Row 0 observes 6..11, row 1 only 9..11, behind each other's padding.
-        late = fresh(6, (12, 12))
-        positions = torch.stack([torch.arange(6, 12), torch.arange(9, 15)])
-        aux, following = late.states.aux.clone(), late.next_tokens.clone()
-        aux[1, :3], following[1, :3] = states.aux[1, 9:12], tokens[1, 10:13]
-        pieces = FreshStates(following, positions, type(states)(aux, aux[..., :64]), torch.tensor([6, 3]))
-        again = draft.propose(cache, pieces, argmax, K)
-    assert torch.equal(whole, again)
-    assert_same_q(torch.stack(drafted), torch.stack(expected))
+        draft.observe(cache, fresh_states(tokens, states, [(0, 5), (0, 5)]))
+        drafted_from(cache, [(5, 6), (5, 9)])
+        pieces, again = drafted_from(cache, [(6, 12), (9, 12)])
+    assert torch.equal(whole, pieces)
+    assert_same_q(again, expected)
