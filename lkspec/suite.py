@@ -25,7 +25,7 @@ from rich.table import Table
 
 from lkspec.benchmarks.base import Benchmark
 from lkspec.drafts.base import Draft
-from lkspec.evaluation import Measurement, Setting, gathered, measure
+from lkspec.evaluation import Engine, Measurement, Setting, gathered, measure
 from lkspec.figures import plot_acceptance_per_position, plot_alpha_over_time, plot_tau_over_k
 from lkspec.metrics import acceptance_metrics
 from lkspec.results import ResultRow, RoundRow, RunFolder
@@ -88,12 +88,16 @@ class RunFacts:
 
 @dataclass
 class Suite:
-    """Measures a draft on all benchmarks and writes what it finds into the run folder."""
+    """Measures a draft on all benchmarks and writes what it finds into the run folder.
+
+    ``engine`` decodes in place of lkspec; its rows stand beside ours.
+    """
 
     target: Target
     benchmarks: list[Benchmark]
     options: SuiteOptions
     facts: RunFacts
+    engine: Engine | None = None
     last_rows: list[ResultRow] = field(default_factory=list)
 
     def check(self, draft: Draft) -> None:
@@ -128,6 +132,7 @@ class Suite:
                     rank=rank,
                     num_replicas=num_replicas,
                     progress=partial(_update, progress, task),
+                    engine=self.engine,
                 )
                 progress.remove_task(task)
                 measurements.append(gathered(measured))
@@ -135,9 +140,10 @@ class Suite:
             rows = [self._row(measurement, step, supervised_tokens) for measurement in measurements]
             self.last_rows = rows
             self.facts.folder.write_results(rows)
-            if stage != "before":
+            if stage != "before" and self.engine is None:
                 self.facts.folder.write_rounds(row for measured in measurements for row in _round_rows(measured))
-            print_rows(rows, title=f"acceptance length {stage} training (step {step})")
+            by = "" if self.engine is None else f", decoded by {self.engine.name}"
+            print_rows(rows, title=f"acceptance length {stage} training (step {step}){by}")
         return measurements
 
     def _row(self, measurement: Measurement, step: int, supervised_tokens: int) -> ResultRow:
@@ -172,12 +178,12 @@ class Suite:
             benchmark=measurement.benchmark,
             temperature=setting.temperature,
             num_draft_tokens=setting.num_draft_tokens,
-            engine="lkspec",
+            engine=measurement.engine,
             tau=metrics.tau,
             low=metrics.low,
             high=metrics.high,
             alpha=metrics.acceptance_per_position,
-            tau_whole_rounds=whole.tau,
+            tau_whole_rounds=whole.tau if self.engine is None else None,  # others do not say where rounds were
             walk_tau=walked[-1],
             walk_over_k=json.dumps([None if math.isnan(tau) else round(tau, 6) for tau in walked]),
             tokens_per_second=measurement.tokens_per_second,
@@ -198,7 +204,7 @@ def _round_rows(measurement: Measurement) -> list[RoundRow]:
             turn=answer.completion.request.turn,
             temperature=setting.temperature,
             num_draft_tokens=setting.num_draft_tokens,
-            engine="lkspec",
+            engine=measurement.engine,
             round=number,
             position=decoded.position,
             accepted=decoded.accepted,
@@ -275,7 +281,7 @@ def _with_walks(rows: dict[tuple[str, float, int], ResultRow]) -> list[ResultRow
 
 def draw_run(folder: RunFolder) -> None:
     """Draws the run's figures from its own files: tau over K, acceptance per position, alpha over time."""
-    rows = folder.read_results()
+    rows = [row for row in folder.read_results() if row.engine == "lkspec"]
     newest = {(row.benchmark, row.temperature, row.num_draft_tokens): row for row in rows if row.steps > 0}
     before = {(row.benchmark, row.temperature, row.num_draft_tokens): row for row in rows if row.steps == 0}
     if newest:

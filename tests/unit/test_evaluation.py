@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
 from lkspec.benchmarks.base import Benchmark, BenchmarkPrompt
+from lkspec.decoding.chain import ChainDecoder, Completion, Request
+from lkspec.decoding.sampling import Sampling
 from lkspec.drafts.eagle3 import Eagle3
 from lkspec.evaluation import Answer, Measurement, Setting, gathered, measure
 from lkspec.targets.tiny import TinyTarget
@@ -219,3 +222,35 @@ def test_prompt_rounds_keep_the_group(greedy):
 
 def test_without_ranks_gathering_changes_nothing(greedy):
     assert gathered(greedy) is greedy
+
+
+class OtherEngine:
+    """Decodes as lkspec does, but says of rounds only how many tokens they accepted."""
+
+    name = "other"
+
+    def __init__(self, target: TinyTarget, draft: Eagle3) -> None:
+        self.target, self.draft = target, draft
+
+    def decoder(self, sampling: Sampling, *, num_draft_tokens: int, seed: int) -> OtherEngine:
+        draft = self.draft if num_draft_tokens else None
+        self.chain = ChainDecoder(
+            self.target, draft, sampling=sampling, num_draft_tokens=num_draft_tokens, batch_size=1, seed=seed
+        )
+        return self
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        for completion in self.chain.run(requests):
+            rounds = tuple(Round(-1, decoded.accepted, False) for decoded in completion.rounds)
+            yield replace(completion, rounds=rounds, writers=())
+
+
+def test_an_engine_decodes_in_place_of_lkspec(target, draft):
+    benchmark = benchmark_of(3, num_turns=2, num_new=12)
+    ours = measure(target, draft, benchmark, GREEDY, batch_size=4)
+    theirs = measure(target, draft, benchmark, GREEDY, batch_size=4, engine=OtherEngine(target, draft))
+    assert (ours.engine, theirs.engine) == ("lkspec", "other")
+    assert [a.completion.tokens for a in theirs.answers] == [a.completion.tokens for a in ours.answers]
+    accepted = [[[d.accepted for d in a.completion.rounds] for a in m.answers] for m in (ours, theirs)]
+    assert accepted[0] == accepted[1]
+    assert theirs.walk_acceptance_lengths() == ours.walk_acceptance_lengths()

@@ -1,0 +1,123 @@
+"""Runs inside the serving environment, which has vLLM and not lkspec: answers token prompts, counts acceptance.
+
+Speaks JSON lines: the first line read holds the settings, every further one a job; one line is written for each. vLLM
+prints to the standard output, so the answers go to a copy of it and the rest to the standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from typing import Any
+
+_PREFIX = "vllm:spec_decode_num_"
+
+
+def main() -> None:
+    """Answers until the input ends."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    settings = json.loads(sys.stdin.readline())
+    import vllm
+
+    repaired = repair_temperatures()
+    engine = vllm.LLM(**settings)
+    jobs = {"answer": answer, "throughput": throughput}
+    print(json.dumps({"version": vllm.__version__, "repaired": repaired}), file=channel, flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        print(json.dumps(jobs[job.pop("kind")](engine, **job)), file=channel, flush=True)
+
+
+def repair_temperatures() -> bool:
+    """Replaces a rejection sampler's helper that some CPU builds have broken; whether that was necessary.
+
+    It spreads one temperature a request over the request's tokens; the faulty one writes them into a copy that is then
+    thrown away, so that drafts are verified at another temperature (vLLM issue 55005).
+    """
+    import torch
+    from vllm.v1.sample import rejection_sampler
+
+    def spread(values: Any, cumulative: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0) -> Any:
+        counts = torch.diff(cumulative, prepend=cumulative.new_zeros(1))
+        values = torch.where(values == replace_from, torch.full_like(values, replace_to), values)
+        return torch.repeat_interleave(values, counts.to(torch.int64), output_size=num_tokens)
+
+    values, cumulative = torch.tensor([0.5, 0.0, 2.0]), torch.tensor([2, 3, 6], dtype=torch.int32)
+    expected = torch.tensor([0.5, 0.5, 1.0, 2.0, 2.0, 2.0])
+    try:
+        found = rejection_sampler.expand_batch_to_tokens(values, cumulative, 6, replace_from=0, replace_to=1)
+        broken = not torch.equal(found, expected)
+    except Exception:  # a kernel that does not run on this machine is as bad as a wrong one
+        broken = True
+    if broken:
+        rejection_sampler.expand_batch_to_tokens = spread
+        assert torch.equal(rejection_sampler.expand_batch_to_tokens(values, cumulative, 6, 0, 1), expected)
+    return broken
+
+
+def answer(engine: Any, prompts: list[dict[str, Any]], sampling: dict[str, Any]) -> list[dict[str, Any]]:
+    """Answers prompts one after another, so that the engine's counters are each prompt's own."""
+    import vllm
+
+    rows = []
+    for prompt in prompts:
+        params = vllm.SamplingParams(**sampling, seed=prompt["seed"], max_tokens=prompt["max_tokens"])
+        before, start = counters(engine), time.perf_counter()
+        output = engine.generate([{"prompt_token_ids": prompt["tokens"]}], params, use_tqdm=False)[0].outputs[0]
+        seconds, after = time.perf_counter() - start, counters(engine)
+        rows.append(
+            {
+                "tokens": list(output.token_ids),
+                "finish_reason": output.finish_reason,
+                "seconds": seconds,
+                "num_rounds": after["drafts"] - before["drafts"],
+                "accepted_per_position": [
+                    now - then for now, then in zip(after["per_position"], before["per_position"], strict=True)
+                ],
+            }
+        )
+    return rows
+
+
+def throughput(engine: Any, prompts: list[list[int]], sampling: dict[str, Any], concurrency: int) -> dict[str, float]:
+    """Output tokens per second and seconds per token of each request, so many requests at a time."""
+    import vllm
+
+    params = vllm.SamplingParams(**sampling)
+    num_tokens, seconds, per_token = 0, 0.0, []
+    for first in range(0, len(prompts), concurrency):
+        group = [{"prompt_token_ids": tokens} for tokens in prompts[first : first + concurrency]]
+        start = time.perf_counter()
+        outputs = engine.generate(group, params, use_tqdm=False)
+        seconds += time.perf_counter() - start
+        for output in outputs:
+            count = len(output.outputs[0].token_ids)
+            num_tokens += count
+            if count > 1:
+                stats = output.metrics
+                per_token.append((stats.last_token_ts - stats.first_token_ts) / (count - 1))
+    quantiles = statistics.quantiles(per_token, n=20, method="inclusive") if len(per_token) > 1 else per_token * 19
+    return {
+        "tokens_per_second": num_tokens / seconds,
+        "median_seconds_per_token": quantiles[9],
+        "p95_seconds_per_token": quantiles[18],
+    }
+
+
+def counters(engine: Any) -> dict[str, Any]:
+    """The engine's own counts of speculative decoding since it was started."""
+    found: dict[str, Any] = {"drafts": 0, "per_position": []}
+    for metric in engine.get_metrics():
+        if metric.name == f"{_PREFIX}drafts":
+            found["drafts"] = metric.value
+        elif metric.name == f"{_PREFIX}accepted_tokens_per_pos":
+            found["per_position"] = list(metric.values)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""vLLM as the engine: the protocol with its process, against a stand-in package; counters turned into rounds."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lkspec.decoding.chain import Request
+from lkspec.decoding.sampling import Sampling
+from lkspec.engines.vllm_engine import VllmEngine, counted_rounds
+from lkspec.metrics import PromptRounds, acceptance_metrics
+
+FAKE = Path(__file__).parent / "fake_vllm"
+REQUESTS = [Request("a", 0, (1, 2, 3), 5), Request("b", 0, (4, 5), 6)]
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(FAKE))
+    made = VllmEngine(python=sys.executable, log=str(tmp_path / "vllm.log"))
+    made.serve("target", {"method": "eagle3", "model": "draft"}, [9])
+    yield made
+    made.close()
+
+
+@given(st.integers(1, 7), st.data())
+def test_rounds_behind_counters(num_draft_tokens, data):
+    accepted = data.draw(st.lists(st.integers(0, num_draft_tokens), max_size=30))
+    per_position = [sum(a >= k for a in accepted) for k in range(1, num_draft_tokens + 1)]
+    rounds = counted_rounds(len(accepted), per_position)
+    assert Counter(r.accepted for r in rounds) == Counter(accepted)
+
+
+def test_metrics_of_counted_rounds_are_the_engines_own():
+    """tau = 1 + accepted / drafts, as vLLM's documentation has it."""
+    rounds = counted_rounds(10, [6, 3, 1])
+    metrics = acceptance_metrics([PromptRounds("a", "a", rounds, 20)], num_draft_tokens=3)
+    assert metrics.tau == 1 + (6 + 3 + 1) / 10
+    assert metrics.acceptance_per_position == (0.6, 0.3, 0.1)
+
+
+def test_answers_and_each_prompts_own_counters(engine):
+    completions = list(engine.decoder(Sampling(1.0), num_draft_tokens=2, seed=0).run(REQUESTS))
+    assert [c.request for c in completions] == REQUESTS
+    assert [c.tokens for c in completions] == [(7,) * 5, (7,) * 6]
+    assert [[r.accepted for r in c.rounds] for c in completions] == [[1, 1, 1], [1, 1]]
+    assert engine.version == "0.0-fake"
+
+
+def test_the_target_alone_runs_beside_the_draft(engine):
+    drafting = engine.decoder(Sampling(0.0), num_draft_tokens=2, seed=0)
+    alone = engine.decoder(Sampling(0.0), num_draft_tokens=0, seed=0)
+    for request in REQUESTS:
+        assert [len(c.rounds) for c in alone.run([request])] == [0]
+        assert [len(c.rounds) for c in drafting.run([request])] == [len(request.tokens)]
+
+
+def test_a_lost_temperature_is_noticed(engine, capfd):
+    engine.decoder(Sampling(1.0), num_draft_tokens=1, seed=0)
+    assert "its verification lost the temperature" in " ".join(capfd.readouterr().err.split())
+
+
+def test_throughput(engine):
+    engine.decoder(Sampling(0.0), num_draft_tokens=1, seed=0)
+    sampling = {**engine.params(Sampling(0.0)), "max_tokens": 4}
+    speed = engine.ask(1, {"kind": "throughput", "prompts": [[1]] * 5, "sampling": sampling, "concurrency": 2})
+    assert speed["median_seconds_per_token"] == speed["p95_seconds_per_token"] == 0.5
+    assert speed["tokens_per_second"] > 0
+
+
+def test_an_engine_that_ends_shows_its_log(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(FAKE))
+    engine = VllmEngine(python=sys.executable, log=str(tmp_path / "vllm.log"))
+    engine.serve("missing", {}, [])
+    with pytest.raises(ValueError, match=r"vLLM ended \(exit code 1\)(.|\n)*no such model: missing"):
+        engine.decoder(Sampling(0.0), num_draft_tokens=1, seed=0)
+
+
+def test_refusals(engine):
+    with pytest.raises(ValueError, match=r"set draft_filter=none"):
+        engine.decoder(Sampling(1.0, draft_filter="same"), num_draft_tokens=1, seed=0)
+    with pytest.raises(ValueError, match=r"found nothing at nowhere/python; `make serve-env` makes one"):
+        VllmEngine(python="nowhere/python")
