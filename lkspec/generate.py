@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,10 +27,13 @@ from lkspec.data.generation import (
 )
 from lkspec.decoding.chain import ChainDecoder, Completion, Request
 from lkspec.decoding.sampling import Sampling
+from lkspec.engines.server import ChatRequest, ChatServer
 from lkspec.targets.base import Target
 
 console = Console()
 
+# How fast the rows are made, not what they are.
+_NOT_IN_SETTINGS = ("out", "batch_size", "engine", "base_url", "concurrency")
 _MAX_ATTEMPTS = 50  # at a prompt, on average: a target that never writes one must not be asked for ever
 
 
@@ -37,13 +41,16 @@ _MAX_ATTEMPTS = 50  # at a prompt, on average: a target that never writes one mu
 def main(config: DictConfig) -> None:
     """Writes ``config.out``; resumes a partial file made with the same settings."""
     options = resolved(config)
-    settings = {key: value for key, value in options.items() if key not in ("out", "batch_size")}
+    settings = {key: value for key, value in options.items() if key not in _NOT_IN_SETTINGS}
     prompts: list[Prompt] = []
     if config.prompts != "magpie":
         prompts = read_prompts(options["prompts"], field_name=config.field, limit=config.num_prompts)
         settings["prompts_sha256"] = prompts_digest(prompts)
     elif not config.num_prompts:
         raise ValueError("prompts=magpie: say how many prompts to write by num_prompts=...")
+    if config.get("engine") is not None:
+        _answer_by_server(config, prompts, settings)
+        return
     out = ResumableJsonl(Path(config.out), settings)
     target: Target = instantiate(config.target)
     decoder = ChainDecoder(
@@ -80,6 +87,40 @@ def _answer(
     keep = AnswerFilter(target.tokenizer, target.eos_ids)
     out.finish(lambda row: order[row["id"]], keep)
     _report_dropped(keep.dropped)
+
+
+def _answer_by_server(config: DictConfig, prompts: list[Prompt], settings: dict[str, Any]) -> None:
+    """A server answers; nothing but its name is checked against the target, which is not loaded."""
+    if config.prompts == "magpie" or config.token_ids:
+        raise ValueError(
+            "engine=server answers prompts as text: prompts=magpie and token_ids=true need the target itself"
+        )
+    server: ChatServer = instantiate(config.engine)
+    names = [config.target[key] for key in ("path", "name") if config.target.get(key)]
+    model = server.choose_model(names or [HydraConfig.get().runtime.choices["target"]])
+    out = ResumableJsonl(Path(config.out), {**settings, "model": model})
+    if out.rows:
+        console.print(f"resuming {out.partial}: {len(out.rows)} rows are done")
+    done = {row["id"] for row in out.rows}
+    waiting = {prompt.id: prompt for prompt in prompts if prompt.id not in done}
+    requests = [ChatRequest(prompt.id, prompt.messages, config.seed) for prompt in waiting.values()]
+    sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_new_tokens}
+    with _progress(len(prompts), len(done)) as advance:
+        for answer in server.answers(requests, **sampling):
+            reply = {"role": "assistant", "content": answer.text}
+            out.append(
+                {
+                    "id": answer.request.id,
+                    "messages": [*waiting[answer.request.id].messages, reply],
+                    "temperature": config.temperature,
+                    "finish_reason": answer.finish_reason,
+                    "num_tokens": answer.num_tokens,
+                }
+            )
+            advance(answer.num_tokens)
+    order = {prompt.id: index for index, prompt in enumerate(prompts)}
+    out.finish(lambda row: order[row["id"]], keep=lambda row: bool(row["messages"][-1]["content"].strip()))
+    console.print(f"wrote {len(out.rows)} rows to {out.path}, answered by {model}")
 
 
 def _row(prompt: Prompt, completion: Completion, target: Target, options: dict[str, Any]) -> dict[str, Any]:

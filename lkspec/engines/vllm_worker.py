@@ -11,6 +11,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 _PREFIX = "vllm:spec_decode_num_"
@@ -25,7 +26,7 @@ def main() -> None:
 
     repaired = repair_temperatures()
     engine = vllm.LLM(**settings)
-    jobs = {"answer": answer, "throughput": throughput}
+    jobs: dict[str, Callable[..., Any]] = {"answer": answer, "throughput": throughput}
     print(json.dumps({"version": vllm.__version__, "repaired": repaired}), file=channel, flush=True)
     for line in sys.stdin:
         job = json.loads(line)
