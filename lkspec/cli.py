@@ -8,6 +8,7 @@ import sys
 VERBS = {
     "train": "train a draft and measure its acceptance length",
     "evaluate": "measure a finished run by speculative decoding",
+    "export": "write a draft in the format of vLLM, SGLang, speculators, with a model card",
     "generate": "let the target answer prompts (or write them): training conversations",
     "capture": "write the target's states of a data set, for training to read",
     "inspect": "show what is supervised in a data set",

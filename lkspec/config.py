@@ -51,7 +51,8 @@ def entry_point(
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Makes a Hydra application of a function, with ``./conf`` searched and user errors printed in one line.
 
-    ``fixed_by_run``: the application reads a finished run, whose draft, target, vocabulary, data and loss are given.
+    ``fixed_by_run``: the application reads a finished run, whose draft, target, vocabulary, data and loss are given; a
+    checkpoint (``draft=pretrained``) brings its draft and is told its target.
     """
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -69,7 +70,7 @@ def entry_point(
         def main() -> None:
             sys.path.insert(0, os.getcwd())
             Plugins.instance().register(WorkingDirectorySearchPath)
-            if fixed_by_run:
+            if fixed_by_run and "draft=pretrained" not in sys.argv:
                 _refuse_fixed(sys.argv[1:])
             hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(task)()
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lkspec.assemble import build_benchmarks, load_run, run_facts
+from lkspec.assemble import open_run
+from lkspec.builders import build_benchmarks, run_facts
 from lkspec.config import entry_point, resolved
-from lkspec.results import find_run
 from lkspec.suite import Suite, SuiteOptions, draw_run
 
 console = Console()
@@ -22,9 +20,10 @@ def main(config: DictConfig) -> None:
     options |= {key: resolved(config)[key] for key in ("num_draft_tokens", "temperatures", "batch_size")}
     suite_options = SuiteOptions(**options)
     benchmarks = build_benchmarks(config.benchmark)
-    run = load_run(find_run(config.run, Path(config.run_root)), device=config.device, dtype=config.dtype)
+    run = open_run(config)
     suite = Suite(run.target, benchmarks, suite_options, run_facts(run.config, run.folder, run.target, run.info))
-    suite.run(run.draft, stage="after", step=run.step, supervised_tokens=run.info["num_supervised_seen"])
+    stage = "without" if run.is_pretrained else "after"
+    suite.run(run.draft, stage=stage, step=run.step, supervised_tokens=run.info["num_supervised_seen"])
     draw_run(run.folder)
     console.print(f"results: {run.folder.results_file}", soft_wrap=True)
 

@@ -43,10 +43,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_dir(path: Path) -> Iterator[Path]:
+def atomic_dir(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yields a temporary sibling folder to fill; on success it is renamed to ``path``.
 
-    When another process has made ``path`` meanwhile, that one stays and this one is dropped.
+    When another process has made ``path`` meanwhile, that one stays and this one is dropped; with ``replace`` what
+    stands there gives way.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -55,15 +56,34 @@ def atomic_dir(path: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)  # safetensors writes files that nobody else may read
                 _sync(file)
-        try:
-            temporary.rename(path)
-        except OSError:
-            if not path.exists():
-                raise
+        with _out_of_the_way(path, wanted=replace):
+            try:
+                temporary.rename(path)
+            except OSError:
+                if replace or not path.exists():
+                    raise
         _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _out_of_the_way(path: Path, *, wanted: bool) -> Iterator[None]:
+    """Moves a folder aside and deletes it afterwards; an error moves it back."""
+    if not wanted or not path.exists():
+        yield
+        return
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    path.rename(aside / path.name)
+    try:
+        yield
+    except BaseException:
+        (aside / path.name).rename(path)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,14 +10,13 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
-from lkspec.assemble import load_run
+from lkspec.assemble import open_run
 from lkspec.colouring import acceptance_line, as_html, as_terminal_text, pieces, terminal_legend
 from lkspec.config import entry_point
 from lkspec.data.generation import Prompt, prompt_tokens, read_prompts
 from lkspec.decoding.chain import ChainDecoder, Request
 from lkspec.decoding.sampling import Sampling
 from lkspec.files import write_text
-from lkspec.results import find_run
 
 console = Console()
 
@@ -26,7 +25,7 @@ console = Console()
 def main(config: DictConfig) -> None:
     """Prints the coloured answers and writes them as one HTML file."""
     prompts = _prompts(config.prompt_file, config.system)
-    run = load_run(find_run(config.run, Path(config.run_root)), device=config.device, dtype=config.dtype)
+    run = open_run(config)
     decoder = ChainDecoder(
         run.target,
         run.draft,

@@ -1,9 +1,10 @@
-"""Reads single tensors of a safetensors checkpoint by name, without loading the rest of it."""
+"""Reads single tensors of a checkpoint by name, without loading the rest of it where it is in safetensors."""
 
 from __future__ import annotations
 
 import json
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,34 +13,54 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_DEFAULT_BLOCK = (128, 128)
+DEFAULT_BLOCK = (128, 128)
+INDEX = "model.safetensors.index.json"
+# In this order; the last ones are how some drafts were released.
+_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "medusa_lm_head.safetensors", "medusa_lm_head.pt")
 
 
 class TensorFolder:
     """A checkpoint folder, or a model on the hub, of which only the needed shards are fetched.
 
+    Attributes:
+        files: tensor name -> the file that holds it.
+
     Raises:
-        ValueError: a path without ``config.json`` and safetensors weights.
+        ValueError: a path without weights.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._files = self._index()
+        self._pickled: dict[str, dict[str, Tensor]] = {}
+        self.files = self._index()
 
     def _index(self) -> dict[str, str]:
         """The file that holds each tensor."""
-        index = self._fetch("model.safetensors.index.json")
+        index = self._fetch(INDEX)
         if index is not None:
             with open(index, encoding="utf-8") as file:
                 weights: dict[str, str] = json.load(file)["weight_map"]
             return weights
-        single = self._fetch("model.safetensors")
-        if single is None:
-            raise ValueError(
-                f"{self.path}: expected a folder or a hub id with model.safetensors or model.safetensors.index.json"
-            )
-        with safe_open(single, framework="pt") as tensors:
-            return dict.fromkeys(tensors.keys(), "model.safetensors")
+        for name in _SINGLE_FILES:
+            single = self._fetch(name)
+            if single is not None:
+                return dict.fromkeys(self._names_in(single), name)
+        raise ValueError(
+            f"{self.path}: expected a folder or a hub id with model.safetensors or {INDEX} (or, as some drafts were "
+            f"released, {', '.join(_SINGLE_FILES[1:])})"
+        )
+
+    def _names_in(self, file: str) -> list[str]:
+        if not file.endswith(".safetensors"):
+            return list(self._unpickled(file))
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+
+    def _unpickled(self, file: str) -> dict[str, Tensor]:
+        """All tensors of a file that torch.save wrote, kept; nothing but tensors is unpickled."""
+        if file not in self._pickled:
+            self._pickled[file] = torch.load(file, map_location="cpu", weights_only=True)
+        return self._pickled[file]
 
     def _fetch(self, name: str) -> str | None:
         try:
@@ -50,19 +71,24 @@ class TensorFolder:
     @cached_property
     def config(self) -> dict[str, Any]:
         """``config.json``."""
-        file = self._fetch("config.json")
-        if file is None:
-            raise ValueError(f"{self.path}: there is no config.json")
-        with open(file, encoding="utf-8") as opened:
+        with open(self.local / "config.json", encoding="utf-8") as opened:
             config: dict[str, Any] = json.load(opened)
         return config
 
+    @property
+    def local(self) -> Path:
+        """Where its files lie on this machine; for a hub id, those fetched so far."""
+        file = self._fetch("config.json")
+        if file is None:
+            raise ValueError(f"{self.path}: there is no config.json")
+        return Path(file).parent
+
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self.files
 
     def names(self, prefix: str) -> list[str]:
         """Names of the tensors that begin so."""
-        return sorted(name for name in self._files if name.startswith(prefix))
+        return sorted(name for name in self.files if name.startswith(prefix))
 
     def get(self, name: str) -> Tensor:
         """One tensor; block-quantised fp8 weights come dequantised, in float32.
@@ -78,15 +104,28 @@ class TensorFolder:
         scales = f"{name}_scale_inv"
         if scales not in self:
             raise ValueError(f"{self.path}: {name} is {tensor.dtype}, but its scales {scales} are not there")
-        block = self.config.get("quantization_config", {}).get("weight_block_size", _DEFAULT_BLOCK)
+        block = self.config.get("quantization_config", {}).get("weight_block_size", DEFAULT_BLOCK)
         return dequantised(tensor, self._read(scales), tuple(block))
+
+    def fetched(self, name: str) -> str:
+        """Where one of its files lies on this machine.
+
+        Raises:
+            ValueError: it is not there.
+        """
+        file = self._fetch(name)
+        if file is None:
+            raise ValueError(f"{self.path}: {name} is not there")
+        return file
 
     def _read(self, name: str) -> Tensor:
         if name not in self:
             raise ValueError(f"{self.path}: there is no tensor {name}")
-        file = self._fetch(self._files[name])
+        file = self._fetch(self.files[name])
         if file is None:
-            raise ValueError(f"{self.path}: {self._files[name]}, which holds {name}, is not there")
+            raise ValueError(f"{self.path}: {self.files[name]}, which holds {name}, is not there")
+        if not file.endswith(".safetensors"):
+            return self._unpickled(file)[name]
         with safe_open(file, framework="pt") as tensors:
             return tensors.get_tensor(name)
 
@@ -106,3 +145,16 @@ def dequantised(weight: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Te
         )
     scales = scale_inv.float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     return weight.float() * scales[:num_rows, :num_columns]
+
+
+def quantised(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A weight in fp8 (e4m3) with one scale a block, as ``dequantised`` reads it: scale_inv = max |block| / 448."""
+    scales = torch.zeros(-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]))
+    codes = torch.zeros(weight.shape)
+    largest = float(torch.finfo(torch.float8_e4m3fn).max)
+    for i, rows in enumerate(weight.float().split(block[0])):
+        for j, part in enumerate(rows.split(block[1], dim=1)):
+            scales[i, j] = (part.abs().max() / largest).clamp_min(torch.finfo(torch.float32).tiny)
+            start = i * block[0], j * block[1]
+            codes[start[0] : start[0] + part.shape[0], start[1] : start[1] + part.shape[1]] = part / scales[i, j]
+    return codes.to(torch.float8_e4m3fn), scales

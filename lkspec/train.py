@@ -16,16 +16,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lkspec.assemble import (
-    build_benchmarks,
-    build_draft,
-    build_vocab,
-    draft_weights,
-    init_draft,
-    initial_weights,
-    read_checkpoint,
-    run_facts,
-)
+from lkspec.assemble import draft_weights, init_draft, initial_weights, read_checkpoint
+from lkspec.builders import build_benchmarks, build_draft, build_vocab, expanded_draft, run_facts
 from lkspec.config import entry_point, flat_settings, instantiate, resolved
 from lkspec.data.captured import CapturedStates
 from lkspec.data.datamodule import SpeculatorDataModule
@@ -92,6 +84,9 @@ def _open_run(config: DictConfig) -> tuple[RunFolder | None, DictConfig, Path | 
         return _resumed(find_run(config.resume, root), config, list(HydraConfig.get().overrides.task))
     if config.on_existing not in ("error", "replace", "skip"):
         raise ValueError(f"on_existing: expected error, replace or skip, got {config.on_existing!r}")
+    if "path" in config.draft and "_target_" not in config.draft:
+        config.draft = expanded_draft(config.draft)
+        config.names.draft = Path(config.draft.init_from).name
     names = config.names
     hashed = resolved(config)
     # Captured states are rounded, so that a run with them is another run; the folder they lie in changes nothing.
@@ -155,14 +150,12 @@ def _build_draft(config: DictConfig, target: Target, data: SpeculatorDataModule,
         ids = draft_weights(read_checkpoint(resumed))["vocab.ids"]
         return build_draft(config.draft, target, DraftVocab(ids, target.vocab_size))
     source = config.draft.get("init_from")
-    weights = initial_weights(source, Path(config.run_root), target)
-    if weights is not None and config.vocab.size == "auto":
-        vocab = DraftVocab(weights["vocab.ids"], target.vocab_size)
-    else:
-        vocab = build_vocab(config, target, data)
+    initial = None if source is None else initial_weights(source, Path(config.run_root), target)
+    if initial is None:
+        return build_draft(config.draft, target, build_vocab(config, target, data))
+    vocab = initial.vocab if config.vocab.size == "auto" else build_vocab(config, target, data)
     draft = build_draft(config.draft, target, vocab)
-    if source is not None:
-        init_draft(draft, source, weights)
+    init_draft(draft, initial, config.draft, target)
     return draft
 
 
@@ -192,7 +185,6 @@ def _build_module(
         gamma=config.loss_options.gamma,
         gradient_clip=config.gradient_clip,
         chunk_size=config.loss_options.chunk_size,
-        recompute=config.loss_options.recompute,
         checkpoint_info=info,
     )
 

@@ -62,14 +62,6 @@ class Draft(nn.Module):
         ``sample`` is called once a depth, in order, with that depth's draft logits.
         """
 
-    def load_folder(self, path: str) -> None:
-        """Starts from weights in an engine's format, in a folder or on the hub.
-
-        Raises:
-            ValueError: no format of this architecture, a missing tensor, or one of another shape.
-        """
-        raise ValueError(f"draft.init_from: {type(self).__name__} reads no engine's format; give a run, got {path!r}")
-
     def freeze(self, patterns: Sequence[str]) -> None:
         """Leaves the parameters whose names match a pattern (``*`` is anything) as they are.
 

@@ -55,7 +55,7 @@ class Eagle3(Draft):
         self.max_depths = None
         self.paper_eta = paper_eta
         self.served_by = _served_by(spec.model_type)
-        dims = spec.dims
+        dims = self.dims = spec.dims
         self.register_buffer("embedding", spec.embedding, persistent=False)
         self.fc = linear(spec.num_aux * dims.hidden_size, dims.hidden_size)
         self.midlayer = _FusedLayer(dims, norm_before_residual=norm_before_residual)

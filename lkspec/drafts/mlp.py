@@ -69,7 +69,7 @@ class MLPSpeculator(Draft):
         self.vocab = vocab
         self.num_depths = self.max_depths = num_depths
         self.paper_eta = paper_eta
-        self.scale_input = scale_input
+        self.tie_weights, self.scale_input = tie_weights, scale_input
         self.state_weight = 0.5 ** (0.5 / num_depths)
         self.emb_weight = math.sqrt((1 - self.state_weight**2) * inner_dim / 2)
         num_own = 1 if tie_weights else num_depths

@@ -18,18 +18,19 @@ from torch import Tensor, nn
 
 from lkspec.drafts.base import Draft
 from lkspec.drafts.layers import linear, shifted, visible_anchors
-from lkspec.drafts.mtp_layouts import layout_of, read_native
 from lkspec.kv_cache import PositionCache
-from lkspec.tensor_folder import TensorFolder
 from lkspec.types import Batch, DraftSampler, FreshStates, LinearHead, TargetSpec, TargetStates
 from lkspec.vocab import DraftVocab
+
+# Families whose checkpoints carry such a module; engines serve it.
+_WITH_MODULE = ("deepseek_v3", "qwen3_next")
 
 
 class MTP(Draft):
     """The MTP module of a target.
 
-    A target whose checkpoints carry such a module (DeepSeek-V3, Qwen3-Next) gives it to ``load_folder``
-    (``draft=mtp_native``); for any other the module is built from the class of the target's decoder layer.
+    A target whose checkpoints carry such a module (DeepSeek-V3, Qwen3-Next) gives its weights (``draft=mtp_native``);
+    for any other the module is built from the class of the target's decoder layer.
 
     Args:
         spec: the target's dimensions, embedding, head and decoder layer.
@@ -66,8 +67,12 @@ class MTP(Draft):
         self.num_depths = num_depths
         self.max_depths = None
         self.paper_eta = paper_eta
-        self.layout = layout_of(spec.model_type)
-        self.served_by = self.layout.served_by
+        self.served_by = (
+            "vLLM and SGLang, inside the target's own checkpoint"
+            if spec.model_type in _WITH_MODULE
+            else "research only: no engine serves an MTP module for a target of this kind"
+        )
+        self.zero_first_embedding = spec.model_type == "deepseek_v3"  # as engines do
         self.enorm, self.hnorm, self.norm = (nn.RMSNorm(size, eps=eps) for _ in range(3))
         self.eh_proj = linear(2 * size, size)
         self.layer = spec.new_layer(layer_init == "target")
@@ -90,12 +95,6 @@ class MTP(Draft):
         bias = head.bias if whole or head.bias is None else head.bias[ids]
         self.register_buffer("head_bias", bias, persistent=False)
         self._head_scale, self._head_soft_cap = head.scale, head.soft_cap
-
-    def load_folder(self, path: str) -> None:
-        shapes = {name: tensor.shape for name, tensor in self.state_dict().items() if not name.startswith("vocab.")}
-        shared = {"embedding": self.embedding, "head": self.head_weight}
-        tensors = read_native(TensorFolder(path), self.layout, shapes, shared, self.vocab)
-        self.load_state_dict(tensors, strict=False)
 
     def frozen_tensors(self) -> list[Tensor]:
         return [tensor for tensor in (self.embedding, self.head_weight, self.head_bias) if tensor is not None]
@@ -147,7 +146,7 @@ class MTP(Draft):
         cache: Any,
     ) -> Float[Tensor, "B S H"]:
         embedded = nn.functional.embedding(tokens, self.embedding).to(hidden.dtype)
-        if self.layout.zero_first_embedding:
+        if self.zero_first_embedding:
             embedded = embedded.masked_fill((positions == 0)[..., None], 0.0)
         fused = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1))
         return self.norm(self.layer(fused, positions, mask, cache))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Int
@@ -12,12 +12,21 @@ from transformers import PreTrainedTokenizerBase
 from lkspec.kv_cache import PositionCache
 from lkspec.types import Batch, LinearHead, TargetSpec, TargetStates
 
+MIN_LAYERS_FOR_DEFAULT_AUX = 7
+
+
+def default_aux_layer_ids(num_layers: int) -> tuple[int, ...] | None:
+    """Layers whose inputs EAGLE-3 reads unless told otherwise, in every engine; None where they would collide."""
+    return (2, num_layers // 2, num_layers - 3) if num_layers >= MIN_LAYERS_FOR_DEFAULT_AUX else None
+
 
 class Target(Protocol):
     """A frozen target.
 
     Attributes:
         name: what results rows call it.
+        source: the folder or hub id it was loaded from; None for a model made in memory.
+        model_config: its ``config.json``, plain data.
         head: describes its head completely; ``head.logits(states.last)`` are its logits.
         spec: what a draft for it is built from.
         num_layers: decoder layers.
@@ -29,6 +38,8 @@ class Target(Protocol):
     """
 
     name: str
+    source: str | None
+    model_config: dict[str, Any]
     head: LinearHead
     spec: TargetSpec
     num_layers: int

@@ -14,14 +14,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lkspec.kv_cache import PositionCache
+from lkspec.targets.base import MIN_LAYERS_FOR_DEFAULT_AUX, default_aux_layer_ids
 from lkspec.targets.decoder_layer import StandaloneLayer
-from lkspec.types import Batch, DecoderDims, LinearHead, TargetSpec, TargetStates
+from lkspec.targets.dims import decoder_dims
+from lkspec.types import Batch, LinearHead, TargetSpec, TargetStates
 
 _MASKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
-_MIN_LAYERS_FOR_DEFAULT_AUX = 7
 
 
 class TransformersTarget:
@@ -58,7 +58,8 @@ class TransformersTarget:
                 "target.path: expected a model folder or a hub id of a causal language model with safetensors "
                 f"weights and a tokenizer, got {path!r} ({' '.join(str(error).split())})"
             ) from error
-        self._init_from(model, tokenizer, name=name or Path(path).name, aux_layer_ids=aux_layer_ids, device=device)
+        name = name or Path(path).name
+        self._init_from(model, tokenizer, name=name, aux_layer_ids=aux_layer_ids, device=device, source=path)
 
     @classmethod
     def from_model(
@@ -83,13 +84,16 @@ class TransformersTarget:
         name: str,
         aux_layer_ids: tuple[int, ...] | None,
         device: str,
+        source: str | None = None,
     ) -> None:
         self.name = name
+        self.source = source
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.dtype = self.model.dtype
         self.tokenizer = tokenizer
         self.config = self.model.config.get_text_config()
+        self.model_config = {**self.model.config.to_dict(), "architectures": [type(self.model).__name__]}
         self.attn_implementation = str(self.config._attn_implementation)
         self.num_layers = int(self.config.num_hidden_layers)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
@@ -102,7 +106,7 @@ class TransformersTarget:
         self.special_ids = tuple(sorted({*self.eos_ids, *_special_ids(tokenizer, self.embedding.shape[0])}))
         self.head = self._checked_head()
         self.spec = TargetSpec(
-            dims=_decoder_dims(self.config),
+            dims=decoder_dims(self.config),
             embedding=self.embedding,
             head=self.head,
             num_aux=len(self.aux_layer_ids),
@@ -273,12 +277,13 @@ def _checked_decoder(model: Any, name: str) -> Any:
 
 def _checked_aux_layers(ids: tuple[int, ...] | None, num_layers: int, name: str) -> tuple[int, ...]:
     if ids is None:
-        if num_layers < _MIN_LAYERS_FOR_DEFAULT_AUX:
+        defaults = default_aux_layer_ids(num_layers)
+        if defaults is None:
             raise ValueError(
                 f"{name}: the default auxiliary layers (2, n//2, n-3) collide for {num_layers} layers; "
-                f"they need at least {_MIN_LAYERS_FOR_DEFAULT_AUX}. Set target.aux_layer_ids to distinct layers"
+                f"they need at least {MIN_LAYERS_FOR_DEFAULT_AUX}. Set target.aux_layer_ids to distinct layers"
             )
-        return (2, num_layers // 2, num_layers - 3)
+        return defaults
     ids = tuple(int(i) for i in ids)
     if list(ids) != sorted(set(ids)) or not all(0 <= i < num_layers for i in ids):
         raise ValueError(
@@ -312,47 +317,6 @@ def _is_hybrid(config: Any) -> bool:
     """Whether the model reads a mask a layer type; models with one kind of layer read a single mask."""
     types = getattr(config, "layer_types", None)
     return types is not None and len(set(types)) > 1
-
-
-def _decoder_dims(config: Any) -> DecoderDims:
-    rope = dict(getattr(config, "rope_parameters", None) or {})
-    if "full_attention" in rope:  # one set a layer type: the draft's layer is a full-attention one
-        rope = dict(rope["full_attention"])
-    rope.pop("partial_rotary_factor", None)  # the draft's layer rotates whole heads, here and in engines
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    inv_freq, factor = _rope_frequencies(config, rope, head_dim)
-    ffn_size = config.intermediate_size
-    experts_per_token = getattr(config, "num_experts_per_tok", None)
-    if experts_per_token:  # one dense block as wide as the experts that a token uses
-        ffn_size = experts_per_token * (getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
-    return DecoderDims(
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=head_dim,
-        ffn_size=ffn_size,
-        rms_norm_eps=getattr(config, "rms_norm_eps", 1e-6),
-        max_positions=config.max_position_embeddings,
-        inv_freq=inv_freq,
-        rope_attention_factor=factor,
-        rope_parameters=rope,
-    )
-
-
-def _rope_frequencies(config: Any, rope: dict[str, Any], head_dim: int) -> tuple[Tensor, float]:
-    kind = rope.get("rope_type", "default")
-    if kind == "default":
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        return 1.0 / (float(rope.get("rope_theta", 10_000.0)) ** exponent), 1.0
-    if kind not in ("linear", "llama3", "yarn"):
-        raise ValueError(
-            f"the target's RoPE type {kind!r} changes with the sequence length; a draft's layer supports "
-            "default, linear, llama3 and yarn"
-        )
-    nested = "full_attention" in config.rope_parameters
-    options = {"layer_type": "full_attention"} if nested else {}
-    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **options)
-    return inv_freq.float(), float(factor)
 
 
 def _eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -93,6 +93,43 @@ def test_processes_that_make_the_same_folder_at_once(tmp_path):
     assert len({(tmp_path / "model" / name).read_text() for name in "abcd"}) == 1  # one process's, not a mixture
 
 
+def test_a_folder_that_is_replaced_is_there_until_the_new_one_is(tmp_path):
+    with atomic_dir(tmp_path / "model") as old:
+        (old / "a").write_text("old")
+    with atomic_dir(tmp_path / "model", replace=True) as new:
+        (new / "b").write_text("new")
+        assert names(tmp_path / "model") == ["a"]
+    assert names(tmp_path / "model") == ["b"]
+    assert names(tmp_path) == ["model"]
+
+
+def test_a_replacement_that_fails_leaves_the_old_folder(tmp_path):
+    with atomic_dir(tmp_path / "model") as old:
+        (old / "a").write_text("old")
+
+    def interrupted() -> None:
+        with atomic_dir(tmp_path / "model", replace=True):
+            raise RuntimeError("interrupted")
+
+    def moved_away() -> None:
+        with atomic_dir(tmp_path / "model", replace=True) as temporary:
+            temporary.rename(tmp_path / "elsewhere")
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        interrupted()
+    assert names(tmp_path) == ["model"]
+    with pytest.raises(OSError, match="model"):
+        moved_away()
+    assert names(tmp_path) == ["elsewhere", "model"]
+    assert (tmp_path / "model" / "a").read_text() == "old"
+
+
+def test_files_of_a_folder_are_readable_by_all(tmp_path):
+    with atomic_dir(tmp_path / "model") as temporary:
+        (temporary / "a").touch(mode=0o600)
+    assert (tmp_path / "model" / "a").stat().st_mode & 0o777 == 0o644
+
+
 def test_rename_that_fails_for_another_reason_is_an_error(tmp_path):
     def moved_away() -> None:
         with atomic_dir(tmp_path / "model") as temporary:

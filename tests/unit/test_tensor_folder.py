@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lkspec.tensor_folder import TensorFolder, dequantised
+from lkspec.tensor_folder import TensorFolder, dequantised, quantised
 
 FP8 = torch.float8_e4m3fn
 
@@ -104,6 +105,39 @@ def test_a_folder_that_is_not_there(name: str, message: str, tmp_path: Path, mon
         TensorFolder(name)
 
 
+# --- drafts as they were released -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "medusa_lm_head.pt", "medusa_lm_head.safetensors"])
+def test_other_single_files(name: str, tmp_path: Path) -> None:
+    tensors = {"a": drawn(2, 3), "b": drawn(4, seed=1).half()}
+    if name.endswith(".safetensors"):
+        save_file(tensors, tmp_path / name)
+    else:
+        torch.save(tensors, tmp_path / name)
+    folder = TensorFolder(str(tmp_path))
+    assert folder.files == dict.fromkeys(["a", "b"], name)
+    for key, tensor in tensors.items():
+        assert torch.equal(folder.get(key), tensor)
+        assert folder.get(key).dtype == tensor.dtype
+    write_single(tmp_path, {"c": drawn(2)})
+    assert TensorFolder(str(tmp_path)).names("") == ["c"]  # model.safetensors goes first
+
+
+def test_nothing_but_tensors_is_unpickled(tmp_path: Path) -> None:
+    torch.save({"a": Path("evil")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        TensorFolder(str(tmp_path))
+
+
+def test_where_files_lie(tmp_path: Path) -> None:
+    folder = write_single(tmp_path, {"a": drawn(2)}, {"x": 1})
+    assert folder.local == tmp_path
+    assert folder.fetched("model.safetensors") == str(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not there$"):
+        folder.fetched("tokenizer.json")
+
+
 def test_no_config(tmp_path: Path) -> None:
     folder = write_single(tmp_path, {"a": drawn(2)})
     with pytest.raises(ValueError, match=r"there is no config\.json"):
@@ -126,6 +160,32 @@ def test_each_entry_has_its_own_blocks_scale(shape: tuple[int, int], block: tupl
     values = dequantised(weight, scales, block)
     assert values.dtype == torch.float32
     torch.testing.assert_close(values.double(), by_loops(weight, scales, block), rtol=1e-6, atol=0)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    block=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=50, deadline=None)
+def test_quantising_keeps_four_bits_and_each_blocks_largest_entry(
+    shape: tuple[int, int], block: tuple[int, int], seed: int
+) -> None:
+    weight = drawn(*shape, seed=seed)
+    codes, scales = quantised(weight, block)
+    assert codes.dtype == FP8
+    again = by_loops(codes, scales, block)
+    for i in range(0, shape[0], block[0]):
+        for j in range(0, shape[1], block[1]):
+            part, back = (w[i : i + block[0], j : j + block[1]].double() for w in (weight, again))
+            largest = part.abs().max()
+            assert ((back - part).abs() <= part.abs() * 2**-4 + largest * 2**-9 / 448).all()
+            assert float(back.abs().max()) == pytest.approx(float(largest), rel=1e-6)
+
+
+def test_a_block_of_zeros_stays_zero() -> None:
+    codes, scales = quantised(torch.zeros(3, 5), (2, 2))
+    assert torch.equal(dequantised(codes, scales, (2, 2)), torch.zeros(3, 5))
 
 
 @pytest.mark.parametrize("config", [{}, {"quantization_config": {"weight_block_size": [3, 2]}}], ids=["128", "3x2"])

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PreTrainedConfig, Qwen3NextConfig
 
+from lkspec.drafts.mtp import MTP
+from lkspec.export.reading import Pretrained, fill
 from lkspec.targets.decoder_layer import StandaloneLayer
 from lkspec.targets.tiny import byte_tokenizer
 from lkspec.targets.transformers import TransformersTarget
@@ -187,6 +189,12 @@ def qwen3_next() -> Checkpoint:
     shapes |= {f"layers.0.{name}": shape for name, shape in layer.items()}
     stored = {f"mtp.{name}": _draw(name, shape, generator, norm_mean=0.0) for name, shape in shapes.items()}
     return Checkpoint(model, "mtp.", stored)
+
+
+def load_native(draft: MTP, folder: str) -> None:
+    """What ``draft.init_from=<the target's own folder>`` does."""
+    pretrained = Pretrained.open(folder)
+    fill(draft, pretrained.layout.tensors(pretrained.folder, draft), folder)
 
 
 def target_of(checkpoint: Checkpoint) -> TransformersTarget:

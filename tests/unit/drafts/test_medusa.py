@@ -174,5 +174,3 @@ def test_what_the_draft_says_of_itself() -> None:
     assert (draft.num_depths, draft.max_depths, draft.paper_eta) == (K, K, 10.0)
     assert not draft.full_vocabulary
     assert Medusa(make_spec(), SOME).num_depths == 6
-    with pytest.raises(ValueError, match=r"draft.init_from: Medusa reads no engine's format; give a run, got '/x'"):
-        draft.load_folder("/x")

@@ -235,5 +235,3 @@ def test_what_the_draft_says_of_itself() -> None:
     )
     assert (full.num_depths, full.max_depths, full.paper_eta) == (K, K, 3.0)
     assert not full.full_vocabulary
-    with pytest.raises(ValueError, match=r"draft.init_from: MLPSpeculator reads no engine's format; give a run"):
-        full.load_folder("/x")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from draft_cases import batch_for, unrolled
-from mtp_checkpoints import BLOCK, KINDS, V, made, target_of
+from mtp_checkpoints import BLOCK, KINDS, V, load_native, made, target_of
 from mtp_reference import DeepSeekReference, QwenReference
 from torch import Tensor
 
@@ -31,7 +31,7 @@ def loaded(kind: str, folder: Path, vocab: DraftVocab = FULL) -> MTP:
     """A draft with the weights of a folder that is written for it."""
     checkpoint, spec = made(kind)
     draft = MTP(spec, vocab, num_depths=K, layer_init="random")
-    draft.load_folder(checkpoint.write(folder))
+    load_native(draft, checkpoint.write(folder))
     return draft
 
 
@@ -125,7 +125,7 @@ def test_the_same_folder_is_target_and_draft(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(folder)
     target = TransformersTarget(folder, aux_layer_ids=(0, 1), device="cpu")
     draft = MTP(target.spec, FULL, num_depths=K, layer_init="random")
-    draft.load_folder(folder)
+    load_native(draft, folder)
     batch, _ = batch_for(spec, [[6]])
     states = target.states(batch)
     torch.testing.assert_close(states.last, target_of(checkpoint).states(batch).last)

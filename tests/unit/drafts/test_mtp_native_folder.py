@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mtp_checkpoints import KINDS, MODULE_SHARD, TARGET_SHARD, V, made
+from mtp_checkpoints import KINDS, MODULE_SHARD, TARGET_SHARD, V, load_native, made
 
 from lkspec.drafts.mtp import MTP
 from lkspec.targets.tiny import TinyTarget
@@ -26,13 +26,13 @@ def test_the_targets_shard_is_not_opened(kind: str, tmp_path: Path) -> None:
     folder = checkpoint.write(tmp_path)
     (tmp_path / TARGET_SHARD).unlink()
     draft, other = (MTP(spec, FULL, layer_init="random") for _ in range(2))
-    draft.load_folder(folder)
-    other.load_folder(checkpoint.write(tmp_path / "whole"))
+    load_native(draft, folder)
+    load_native(other, checkpoint.write(tmp_path / "whole"))
     for name, tensor in draft.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
     (tmp_path / MODULE_SHARD).unlink()
     with pytest.raises(ValueError, match=rf"{MODULE_SHARD}, which holds .*, is not there"):
-        draft.load_folder(folder)
+        load_native(draft, folder)
 
 
 def refusal(kind: str, folder: Path, **changes) -> str:
@@ -40,7 +40,7 @@ def refusal(kind: str, folder: Path, **changes) -> str:
     checkpoint, spec = made(kind)
     draft = MTP(spec, FULL, layer_init="random")
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the callers look at it
-        draft.load_folder(checkpoint.write(folder, **changes))
+        load_native(draft, checkpoint.write(folder, **changes))
     return str(caught.value)
 
 
@@ -72,7 +72,7 @@ def test_a_tensor_of_another_shape(kind: str, theirs: str, ours: str, tmp_path: 
     whole = made(kind)[0].stored[theirs]
     message = refusal(kind, tmp_path, changed={theirs: whole[:-1]})
     shapes = [whole.shape[0] - 1, *whole.shape[1:]], list(whole.shape)
-    assert message == f"draft.init_from={tmp_path}: {ours} is {shapes[0]} there, {shapes[1]} in this draft"
+    assert message == f"{tmp_path}: {ours} is {shapes[0]} there, {shapes[1]} in this draft"
 
 
 def test_experts_of_another_width(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_experts_of_another_width(tmp_path: Path) -> None:
 )
 def test_a_tensor_that_has_no_place(kind: str, name: str, tmp_path: Path) -> None:
     message = refusal(kind, tmp_path, changed={name: torch.zeros(3)})
-    assert message == f"draft.init_from={tmp_path}: no place for {name} (1 in all)"
+    assert message == f"{tmp_path}: no place for {name} (1 in all)"
 
 
 @pytest.mark.parametrize("name", ["embed_tokens.weight", "shared_head.head.weight"])
@@ -104,8 +104,8 @@ def test_a_copy_that_is_not_the_targets(name: str, tmp_path: Path) -> None:
     foreign[5, 7] += 0.5
     for changed in (foreign, foreign[:-1]):
         message = refusal("deepseek", tmp_path, changed={name: changed})
-        assert f"{name} is not the target's own, but an MTP draft shares that tensor; was the checkpoint" in message
-    MTP(spec, FULL).load_folder(checkpoint.write(tmp_path, without=(name,)))
+        assert f"{name} is not the target's own, but lkspec's drafts share that tensor with the target" in message
+    load_native(MTP(spec, FULL), checkpoint.write(tmp_path, without=(name,)))
 
 
 def test_a_checkpoint_saved_without_its_module(kind: str, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_checkpoint_saved_without_its_module(kind: str, tmp_path: Path) -> Non
     checkpoint, _ = made(kind)
     message = refusal(kind, tmp_path, without=tuple(checkpoint.stored))
     assert message == (
-        f"draft.init_from={tmp_path}: no tensor {checkpoint.prefix}*: this checkpoint was saved without MTP"
+        f"{tmp_path}: no tensor {checkpoint.prefix}*: this checkpoint was saved without MTP"
     )
 
 
@@ -122,7 +122,7 @@ def test_a_target_without_such_a_module(tiny_target: TinyTarget, tmp_path: Path)
     draft = MTP(tiny_target.spec, DraftVocab.full(tiny_target.vocab_size))
     assert draft.served_by == "research only: no engine serves an MTP module for a target of this kind"
     with pytest.raises(ValueError, match=r"targets of type llama have no MTP module of their own; use draft=mtp"):
-        draft.load_folder(str(tmp_path))
+        load_native(draft, str(tmp_path))
 
 
 def test_fp8_without_scales(tmp_path: Path) -> None:
@@ -138,4 +138,4 @@ def test_the_number_of_layers_is_the_folders(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
     with pytest.raises(ValueError, match=r"no tensor model\.layers\.4\.\*: this checkpoint was saved without MTP"):
-        MTP(spec, FULL).load_folder(folder)
+        load_native(MTP(spec, FULL), folder)

@@ -1,0 +1,148 @@
+"""Writes an export, reads it back, compares its q with the draft's, and only then puts it in its place."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lkspec.drafts.base import Draft
+from lkspec.export.base import Layout, ServeCommand, WriteOptions, dtype_name
+from lkspec.export.reading import LAYOUTS, Pretrained
+from lkspec.export.verify import TOLERANCE, RealText, largest_q_difference
+from lkspec.files import atomic_dir
+from lkspec.targets.base import Target
+
+RECORD = "lkspec_export.json"
+WRITABLE = tuple(layout for layout in LAYOUTS if layout.format is not None)
+FORMATS = tuple(str(layout.format) for layout in WRITABLE)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        checks: one sentence each of what was compared.
+        commands: how engines are started with it, at its final place.
+    """
+
+    path: Path
+    layout: Layout
+    checks: tuple[str, ...]
+    commands: tuple[ServeCommand, ...]
+
+
+def layout_for(name: str | None, draft: Draft) -> Layout:
+    """The layout of a format's name; without one, the first that holds such a draft.
+
+    Raises:
+        ValueError: an unknown format, or one of another class of draft.
+    """
+    fitting = [layout for layout in WRITABLE if isinstance(draft, layout.draft_class)]
+    if name is None:
+        return fitting[0]
+    chosen = next((layout for layout in WRITABLE if layout.format == name), None)
+    if chosen is None:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {name!r}")
+    if chosen not in fitting:
+        raise ValueError(
+            f"format={name} holds drafts of class {chosen.draft_class.__name__}, this run's is "
+            f"{type(draft).__name__}: use format={' or '.join(str(layout.format) for layout in fitting)}"
+        )
+    return chosen
+
+
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    """Refuses a place that is taken; only exports are ever overwritten.
+
+    Raises:
+        ValueError: something is there.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not (path / RECORD).is_file():
+        raise ValueError(f"out={path}: there is something else than an export of lkspec; choose another place")
+    if not overwrite:
+        raise ValueError(f"out={path}: there is an export already; overwrite=true replaces it")
+
+
+def write_export(
+    draft: Draft,
+    target: Target,
+    path: Path,
+    *,
+    layout: Layout,
+    options: WriteOptions,
+    overwrite: bool = False,
+    card: Callable[[Export], str] | None = None,
+) -> Export:
+    """Writes ``path``: weights, config, a model card and ``lkspec_export.json``.
+
+    What is written is read back, and its q compared with the draft's on a real prompt, before anything appears at
+    ``path``. Weights of less than float32 are compared before they are rounded; what rounding does to q is said.
+
+    Raises:
+        ValueError: ``path`` is taken, the format cannot express the draft, or what was written is not the draft.
+    """
+    refuse_existing(path, overwrite=overwrite)
+    num_draft_tokens = options.num_draft_tokens
+    draft.check_num_draft_tokens(num_draft_tokens)
+    text = RealText.answered_by(target, num_draft_tokens=num_draft_tokens)
+
+    def difference(folder: Path) -> float:
+        again = Pretrained.open(str(folder)).build(target)
+        return largest_q_difference(draft, again, text, num_draft_tokens=num_draft_tokens)
+
+    exact = None
+    if options.dtype != torch.float32 or options.target_copy:
+        with tempfile.TemporaryDirectory(dir=_existing_parent(path), prefix=f".{path.name}.") as temporary:
+            layout.write(Path(temporary), draft, target, replace(options, dtype=torch.float32, target_copy=False))
+            exact = difference(Path(temporary))
+            _require_equal(exact)
+    with atomic_dir(path, replace=True) as temporary_path:
+        layout.write(temporary_path, draft, target, options)
+        found = difference(temporary_path)
+        if exact is None:
+            _require_equal(found)
+        folder = Pretrained.open(str(temporary_path))
+        checks = (
+            *layout.checks(folder.folder, draft, target),
+            _q_check(text, found, exact, options),
+        )
+        commands = tuple(layout.serve_commands(draft, options.target_path(target), str(path.absolute()), options))
+        export = Export(path, layout, checks, commands)
+        if card is not None:
+            (temporary_path / "README.md").write_text(card(export), encoding="utf-8")
+        record = {"format": layout.format, "checks": checks, "served_by": layout.served_by}
+        (temporary_path / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return export
+
+
+def _require_equal(difference: float) -> None:
+    if not difference <= TOLERANCE:
+        raise ValueError(
+            f"the export, read back, proposes another q than the run: they differ by {difference:.1e} (allowed "
+            f"{TOLERANCE:.0e}); nothing was written. This is a defect of lkspec, please report it"
+        )
+
+
+def _q_check(text: RealText, found: float, exact: float | None, options: WriteOptions) -> str:
+    where = f"on prompt {text.prompt_id} of mini_chat with the target's answer, {len(text.anchors)} rounds of "
+    where += f"{options.num_draft_tokens} tokens"
+    precision = "as the target has them" if options.target_copy else dtype_name(options.dtype)
+    if exact is None:
+        return f"q, read back: at most {found:.1e} from the run's {where} (allowed {TOLERANCE:.0e})"
+    return (
+        f"q, read back in float32: at most {exact:.1e} from the run's {where} (allowed {TOLERANCE:.0e}); the weights "
+        f"as saved ({precision}) move q by at most {found:.1e}"
+    )
+
+
+def _existing_parent(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.parent
