@@ -9,7 +9,7 @@ import torch
 
 from lkspec.decoding.walk import WalkCount, walk_turns
 from lkspec.drafts.base import Draft
-from lkspec.losses.divergences import token_stats
+from lkspec.losses.fused_linear import fused_token_stats
 from lkspec.targets.base import Target
 from lkspec.types import Batch, LinearHead, TargetStates, TokenStats, stack_rows
 
@@ -25,9 +25,9 @@ def draft_stats(
     num_depths: int | None = None,
     **options: Any,
 ) -> TokenStats:
-    """Statistics of every supervised token of a batch; ``options`` as in ``token_stats``."""
+    """Statistics of every supervised token of a batch; ``options`` as in ``fused_token_stats``."""
     hidden = draft.unroll(batch, states, num_depths)
-    return token_stats(
+    return fused_token_stats(
         hidden,
         [draft.head(depth) for depth in range(1, len(hidden) + 1)],
         states.last,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from lightning import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from lkspec.acceptance import draft_stats
 from lkspec.decoding.walk import WalkCount, walk_turns
 from lkspec.drafts.base import Draft
-from lkspec.losses.objectives import Objective, masked_sums, reduce_loss
+from lkspec.losses.fused_linear import InForward
+from lkspec.losses.objectives import Objective, depth_weights, masked_sums, reduce_loss
 from lkspec.types import Batch, LinearHead, TargetStates, TokenStats
 
 CHECKPOINT_KEY = "lkspec"
@@ -39,8 +40,7 @@ class SpeculatorModule(LightningModule):
         scheduler: makes the schedule, stepped each optimiser step, from the optimiser and the number of steps.
         gamma: weight ratio between depths.
         gradient_clip: largest gradient norm.
-        chunk_size: target rows whose logits are alive together.
-        recompute: compute logits again in backward instead of keeping them.
+        chunk_size: target rows whose logits are alive together; None leaves it to the statistics.
         walk_depths: drafted tokens of the validation walk; the draft's trained depths by default.
         checkpoint_info: plain data saved with every checkpoint (the resolved config, the target's fingerprint).
     """
@@ -56,14 +56,11 @@ class SpeculatorModule(LightningModule):
         scheduler: Callable[[Optimizer, int], LRScheduler],
         gamma: float = 0.8,
         gradient_clip: float = 0.5,
-        chunk_size: int = 1024,
-        recompute: bool = True,
+        chunk_size: int | None = None,
         walk_depths: int | None = None,
         checkpoint_info: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(recompute, bool):
-            raise ValueError(f"loss_options.recompute: expected true or false, got {recompute!r}")
         self.automatic_optimization = False  # a step's micro-batches share N_k, so they are seen together
         self.draft = draft
         self.objective = objective
@@ -72,7 +69,7 @@ class SpeculatorModule(LightningModule):
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
         self.gamma, self.gradient_clip = gamma, gradient_clip
-        self._chunk_size, self._recompute = chunk_size, recompute
+        self._chunk_size = chunk_size
         self._walk_depths = walk_depths or draft.num_depths
         self._checkpoint_info = checkpoint_info or {}
         self._validation: dict[str, _ValidationSums] = {}
@@ -97,7 +94,7 @@ class SpeculatorModule(LightningModule):
             raise ValueError("trainer.max_epochs, trainer.max_steps: set one of them, schedules need the run's length")
         return min(steps for steps in limits if steps >= 0)
 
-    def stats(self, batch: Batch, *, temperature: float = 1.0) -> TokenStats:
+    def stats(self, batch: Batch, *, temperature: float = 1.0, in_forward: InForward | None = None) -> TokenStats:
         """Statistics of every supervised token of a batch at every trained depth."""
         return draft_stats(
             self.draft,
@@ -106,8 +103,8 @@ class SpeculatorModule(LightningModule):
             self._target_head,
             temperature=temperature,
             row_value=self.objective.row_value,
+            in_forward=in_forward,
             chunk_size=self._chunk_size,
-            recompute=self._recompute and torch.is_grad_enabled(),
         )
 
     def forward(self, batch: Batch) -> TokenStats:
@@ -121,11 +118,14 @@ class SpeculatorModule(LightningModule):
         loss_sum = torch.zeros((), device=self.device)
         scalars: dict[str, Tensor] = {}
         optimizer.zero_grad()
+        in_forward = self._in_forward(counts)
         for batch in batches:
-            stats = self.stats(batch.to(self.device))
+            stats = self.stats(batch.to(self.device), in_forward=in_forward)
             batch_sums = {name: self._summed(value) for name, value in masked_sums(stats).items()}
             mean_alpha = batch_sums["alpha"] / batch_sums["count"].clamp(min=1)
-            loss = reduce_loss(self.objective.values(stats, mean_alpha), stats.mask, counts, self.gamma)
+            values = self.objective.values(stats, mean_alpha) if in_forward is None else stats.row_value
+            assert values is not None
+            loss = reduce_loss(values, stats.mask, counts, self.gamma)
             # DDP averages gradients over ranks; the loss is already divided by the count over all of them.
             self.manual_backward(loss * self.trainer.world_size)
             loss_sum += loss.detach()
@@ -137,6 +137,14 @@ class SpeculatorModule(LightningModule):
         self._log_step(loss_sum, norm, sums, scalars, scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
+
+    def _in_forward(self, counts: Int[Tensor, " K"]) -> InForward | None:
+        """How gradients are formed in the forward pass, where the objective allows it."""
+        if self.objective.uses_mean_alpha or self.objective.row_value is not None:
+            return None
+        unknown = torch.full_like(counts, torch.nan, dtype=torch.float32)
+        weights = depth_weights(len(counts), self.gamma).to(counts.device) / counts.clamp(min=1)
+        return InForward(lambda stats: self.objective.values(stats, unknown[:1]), weights)
 
     def _refuse_non_finite(self, loss: Tensor, norm: Tensor, batches: list[Batch]) -> None:
         if bool(torch.isfinite(loss)) and bool(torch.isfinite(norm)):

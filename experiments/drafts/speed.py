@@ -23,7 +23,7 @@ from lkspec.types import Batch, TargetStates
 from lkspec.vocab import DraftVocab
 
 DRAFTS: dict[str, type[Draft]] = {"eagle3": Eagle3, "mtp": MTP, "mlp": MLPSpeculator, "medusa": Medusa}
-NUM_DEPTHS, DRAFT_VOCAB, CHUNK = 4, 8_192, 64
+NUM_DEPTHS, DRAFT_VOCAB = 4, 8_192
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def step_seconds(draft: Draft, target: SmolLM2Target, batch: Batch, states: Targ
     objective = LKLambda(draft.paper_eta)
     start = time.perf_counter()
     draft.zero_grad()
-    stats = draft_stats(draft, batch, states, target.head, chunk_size=CHUNK, recompute=False)
+    stats = draft_stats(draft, batch, states, target.head)
     sums = masked_sums(stats)
     values = objective.values(stats, (sums["alpha"] / sums["count"]).detach())
     reduce_loss(values, stats.mask, sums["count"], 0.8).backward()

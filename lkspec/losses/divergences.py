@@ -111,12 +111,8 @@ def token_stats(
     Raises:
         ValueError: heads that are not one a depth, a chunk size below 1, a temperature that is not positive.
     """
-    if len(heads) != len(hidden):
-        raise ValueError(f"heads: expected one a depth, {len(hidden)}, got {len(heads)}; repeat a head that is shared")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1 target row, got {chunk_size}")
-    _check_temperature(temperature)
-    served = _served_rows(mask)
+    check_arguments(hidden, heads, chunk_size, temperature)
+    served = served_rows(mask)
     # Masked-off entries become zeros BEFORE any arithmetic, so that a NaN there meets neither a value nor a gradient.
     picked = hidden.flatten(0, 2).index_select(0, served.anchors.flatten()).unflatten(0, served.needed.shape)
     picked = picked.masked_fill(~served.needed[..., None], 0.0)
@@ -139,7 +135,7 @@ def token_stats(
     return TokenStats(mask=mask, **placed)
 
 
-class _ServedRows(NamedTuple):
+class ServedRows(NamedTuple):
     """The target rows that some depth needs.
 
     Attributes:
@@ -159,7 +155,8 @@ class _ServedRows(NamedTuple):
         return flat.view(mask.shape)
 
 
-def _served_rows(mask: Bool[Tensor, "K B T"]) -> _ServedRows:
+def served_rows(mask: Bool[Tensor, "K B T"]) -> ServedRows:
+    """The target rows behind a mask [k-1, b, t] of anchors."""
     num_depths = len(mask)
     at_target = torch.zeros_like(mask)  # [k-1, b, r] = mask[k-1, b, r - k]
     for depth in range(1, num_depths + 1):
@@ -170,7 +167,7 @@ def _served_rows(mask: Bool[Tensor, "K B T"]) -> _ServedRows:
     assert inside, "mask: a proposed token lies past the end of its row"
     depths = torch.arange(num_depths, device=mask.device)[:, None]
     anchors = depths * mask[0].numel() + rows - (depths + 1)
-    return _ServedRows(rows, needed, anchors.masked_fill(~needed, 0))
+    return ServedRows(rows, needed, anchors.masked_fill(~needed, 0))
 
 
 class _TargetRows(NamedTuple):
@@ -261,6 +258,19 @@ def _chunk_stats(
 def _tempered(logits: Float[Tensor, "*rows W"], temperature: float) -> Float[Tensor, "*rows W"]:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if temperature == 1.0 else logits / temperature
+
+
+def check_arguments(hidden: Tensor, heads: Sequence[LinearHead], chunk_size: int, temperature: float) -> None:
+    """Refuses what neither form of the statistics can use.
+
+    Raises:
+        ValueError: heads that are not one a depth, a chunk size below 1, a temperature that is not positive.
+    """
+    if len(heads) != len(hidden):
+        raise ValueError(f"heads: expected one a depth, {len(hidden)}, got {len(heads)}; repeat a head that is shared")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1 target row, got {chunk_size}")
+    _check_temperature(temperature)
 
 
 def _check_temperature(temperature: float) -> None:

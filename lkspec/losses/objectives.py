@@ -25,6 +25,11 @@ class Objective(ABC):
         """For form (b), the function to give to ``token_stats``; None for form (a)."""
         return None
 
+    @property
+    def uses_mean_alpha(self) -> bool:
+        """Whether ``values`` reads ``mean_alpha``; where not, gradients can be formed in the forward pass."""
+        return True
+
     @abstractmethod
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
         """One value a token, zero where the mask is 0.
@@ -47,6 +52,8 @@ class Objective(ABC):
 class KL(Objective):
     """KL(p~ || q), the baseline; p~ is p renormalised over the draft vocabulary."""
 
+    uses_mean_alpha = False
+
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
         return stats.kl
 
@@ -56,6 +63,8 @@ class KL(Objective):
 
 class ReverseKL(Objective):
     """KL(q || p~)."""
+
+    uses_mean_alpha = False
 
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
         return stats.reverse_kl
@@ -67,6 +76,8 @@ class ReverseKL(Objective):
 class TV(Objective):
     """1 - alpha: the probability that a proposed token is rejected."""
 
+    uses_mean_alpha = False
+
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
         return -torch.expm1(stats.log_alpha)
 
@@ -76,6 +87,8 @@ class TV(Objective):
 
 class LKAlpha(Objective):
     """-log alpha, the log taken of each token's own alpha."""
+
+    uses_mean_alpha = False
 
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
         return -stats.log_alpha
@@ -110,6 +123,10 @@ class LKLambda(Objective):
         self.eta = eta
         self.fixed_lambda = fixed_lambda
         self.per_token = per_token
+
+    @property
+    def uses_mean_alpha(self) -> bool:
+        return self.fixed_lambda is None and not self.per_token
 
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
         if self.per_token:

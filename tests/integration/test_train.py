@@ -186,7 +186,6 @@ BAD_INPUTS = {
     "an unknown strategy": (["trainer.strategy=nonsense"], "nonsense"),
     "gamma": (["loss_options.gamma=0"], "gamma"),
     "chunks": (["loss_options.chunk_size=0"], "chunk_size"),
-    "recompute": (["loss_options.recompute=maybe"], "recompute"),
     "eta": (["loss=lk_lambda", "loss.eta=-1"], "eta"),
     "an unknown argument of the loss": (["+loss.nonsense=1"], "nonsense"),
     "an unknown argument of the draft": (["+draft.nonsense=1"], "nonsense"),
@@ -244,12 +243,6 @@ def pair_of_runs(cli, first: list[str], second: list[str]) -> tuple[Path, Path]:
         outcome = cli("train", *BARE_RUN, "trainer.max_epochs=4", "trainer.max_steps=4", *overrides, f"run_root={root}")
         assert outcome.code == 0, outcome.err
     return only_run(Path("first")), only_run(Path("second"))
-
-
-@pytest.mark.slow
-def test_recomputing_logits_changes_nothing(lkspec_cli):
-    runs = pair_of_runs(lkspec_cli, ["loss_options.recompute=true"], ["loss_options.recompute=false"])
-    assert_same_training(*runs, atol=1e-6)
 
 
 @pytest.mark.slow
