@@ -110,7 +110,7 @@ class Suite:
             draft.check_num_draft_tokens(setting.num_draft_tokens)
 
     def run(self, draft: Draft, *, stage: str, step: int, supervised_tokens: int) -> list[Measurement]:
-        """All measurements at one stage of training (``before``, ``during`` or ``after``); every rank takes part."""
+        """All measurements ``before``, ``during``, ``after`` or ``without`` training; every rank takes part."""
         self.check(draft)
         settings = self.options.settings()
         if stage == "before":  # one number to compare with is enough
@@ -282,8 +282,12 @@ def _with_walks(rows: dict[tuple[str, float, int], ResultRow]) -> list[ResultRow
 def draw_run(folder: RunFolder) -> None:
     """Draws the run's figures from its own files: tau over K, acceptance per position, alpha over time."""
     rows = [row for row in folder.read_results() if row.engine == "lkspec"]
-    newest = {(row.benchmark, row.temperature, row.num_draft_tokens): row for row in rows if row.steps > 0}
-    before = {(row.benchmark, row.temperature, row.num_draft_tokens): row for row in rows if row.steps == 0}
+    before, newest = (
+        {(row.benchmark, row.temperature, row.num_draft_tokens): row for row in rows if (row.steps > 0) == trained}
+        for trained in (False, True)
+    )
+    if not newest:  # a checkpoint that was not trained here
+        before, newest = {}, before
     if newest:
         plot_tau_over_k(_with_walks(newest), folder.figures_dir / "tau_over_k.png", before=list(before.values()))
         plot_acceptance_per_position(list(newest.values()), folder.figures_dir / "acceptance_per_position.png")

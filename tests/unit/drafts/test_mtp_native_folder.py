@@ -112,9 +112,7 @@ def test_a_checkpoint_saved_without_its_module(kind: str, tmp_path: Path) -> Non
     """As transformers saves such a target."""
     checkpoint, _ = made(kind)
     message = refusal(kind, tmp_path, without=tuple(checkpoint.stored))
-    assert message == (
-        f"{tmp_path}: no tensor {checkpoint.prefix}*: this checkpoint was saved without MTP"
-    )
+    assert message == (f"{tmp_path}: no tensor {checkpoint.prefix}*: this checkpoint was saved without MTP")
 
 
 def test_a_target_without_such_a_module(tiny_target: TinyTarget, tmp_path: Path) -> None:
