@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from omegaconf import DictConfig
 from rich.console import Console
 
 from lkspec.assemble import open_run
 from lkspec.builders import build_benchmarks, run_facts
 from lkspec.config import entry_point, resolved
+from lkspec.serving import served_by_vllm
 from lkspec.suite import Suite, SuiteOptions, draw_run
 
 console = Console()
@@ -21,9 +24,13 @@ def main(config: DictConfig) -> None:
     suite_options = SuiteOptions(**options)
     benchmarks = build_benchmarks(config.benchmark)
     run = open_run(config)
-    suite = Suite(run.target, benchmarks, suite_options, run_facts(run.config, run.folder, run.target, run.info))
-    stage = "without" if run.is_pretrained else "after"
-    suite.run(run.draft, stage=stage, step=run.step, supervised_tokens=run.info["num_supervised_seen"])
+    depths = max(setting.num_draft_tokens for setting in suite_options.settings())
+    serving = nullcontext() if config.get("engine") is None else served_by_vllm(config.engine, run, depths)
+    with serving as engine:
+        facts = run_facts(run.config, run.folder, run.target, run.info)
+        suite = Suite(run.target, benchmarks, suite_options, facts, engine)
+        stage = "without" if run.is_pretrained else "after"
+        suite.run(run.draft, stage=stage, step=run.step, supervised_tokens=run.info["num_supervised_seen"])
     draw_run(run.folder)
     console.print(f"results: {run.folder.results_file}", soft_wrap=True)
 

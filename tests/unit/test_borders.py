@@ -14,7 +14,7 @@ PROTOCOLS = {"lkspec.drafts.base", "lkspec.targets.base"}
 PACKAGES = ("losses", "drafts", "targets", "data", "benchmarks", "decoding")
 VERBS = ("train", "evaluate", "generate", "inspect", "show", "capture", "export.__main__")
 ENTRY_POINTS = {f"lkspec.{name}" for name in VERBS}
-MAY_IMPORT_HYDRA = ENTRY_POINTS | {"lkspec.config", "lkspec.assemble", "lkspec.builders"}
+MAY_IMPORT_HYDRA = ENTRY_POINTS | {f"lkspec.{name}" for name in ("config", "assemble", "builders", "serving")}
 MAY_IMPORT_LIGHTNING = {"lkspec.module", "lkspec.data.datamodule", "lkspec.train"}
 NOT_ARCHITECTURES = {f"lkspec.drafts{name}" for name in ("", ".base", ".layers")}
 

@@ -15,7 +15,7 @@ from lkspec.decoding.sampling import Sampling
 from lkspec.engines.vllm_engine import VllmEngine, counted_rounds
 from lkspec.metrics import PromptRounds, acceptance_metrics
 
-FAKE = Path(__file__).parent / "fake_vllm"
+FAKE = Path(__file__).parents[2] / "fake_vllm"
 REQUESTS = [Request("a", 0, (1, 2, 3), 5), Request("b", 0, (4, 5), 6)]
 
 
