@@ -75,7 +75,7 @@ def test_a_documented_command_is_legal(where, command):
     assert flags <= {"-m", "--multirun", "--help", "--cfg"}
     parsed = OverridesParser.create().parse_overrides([a for a in arguments if a not in flags])
     for override in parsed:
-        fixed = re.match(r"[a-z]+", override.key_or_group)
+        fixed = re.match(r"[a-z_]+", override.key_or_group)
         of_run = () if "draft=pretrained" in arguments else FIXED_BY_RUN.get(verb, ())
         assert fixed is None or fixed[0] not in of_run, f"{verb} refuses {override.input_line}"
     sweeps = [override for override in parsed if override.is_sweep_override()]
