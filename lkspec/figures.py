@@ -1,7 +1,4 @@
-"""Figures of results: plain PNGs that read well at 800 px wide, drawn without a display.
-
-Colours are Okabe and Ito's, told apart by readers with any colour vision; markers say the same a second time.
-"""
+"""Figures of results."""
 
 from __future__ import annotations
 
@@ -16,45 +13,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from lkspec.files import atomic_path
+from lkspec.figure_style import DPI, GREY, STYLE, WIDTH_INCHES, line_colour, line_marker, save
 from lkspec.result_rows import ResultRow
-
-WIDTH_INCHES, DPI = 8.0, 200  # 1600 px: sharp when shown at 800
-
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_GREY = "#8C8C8C"
-_STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.labelsize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#4D4D4D",
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": "#E5E5E5",
-    "grid.linewidth": 0.8,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5.5,
-    "legend.frameon": False,
-    "legend.fontsize": 9.5,
-    "legend.handlelength": 1.8,
-    "figure.titlesize": 11,
-}
 
 
 def plot_tau_over_k(
     rows: Sequence[ResultRow], path: Path, *, before: Sequence[ResultRow] = (), title: str | None = None
 ) -> None:
     """Draws the acceptance length over the number of drafted tokens: see ``tau_over_k_figure``."""
-    _save(tau_over_k_figure(rows, before=before, title=title), path)
+    save(tau_over_k_figure(rows, before=before, title=title), path)
 
 
 def plot_acceptance_per_position(rows: Sequence[ResultRow], path: Path, *, title: str | None = None) -> None:
     """Draws the share of rounds that accept each drafted position: see ``acceptance_per_position_figure``."""
-    _save(acceptance_per_position_figure(rows, title=title), path)
+    save(acceptance_per_position_figure(rows, title=title), path)
 
 
 def plot_alpha_over_time(
@@ -65,7 +37,7 @@ def plot_alpha_over_time(
     title: str = "",
 ) -> None:
     """Draws alpha per depth over training: see ``alpha_over_time_figure``."""
-    _save(alpha_over_time_figure(history, validation=validation, title=title), path)
+    save(alpha_over_time_figure(history, validation=validation, title=title), path)
 
 
 def tau_over_k_figure(
@@ -88,7 +60,7 @@ def tau_over_k_figure(
             for index, benchmark in enumerate(benchmarks):
                 shift = 0.07 * (index - (len(benchmarks) - 1) / 2)  # intervals side by side, not on top of each other
                 x, tau = _xy(_points(before, benchmark, temperature), 0.0)
-                axes.plot(x, tau, color=_GREY, linestyle="--", linewidth=1.2, marker=_marker(index), markersize=4)
+                axes.plot(x, tau, color=GREY, linestyle="--", linewidth=1.2, marker=line_marker(index), markersize=4)
                 _draw_measured(axes, _points(rows, benchmark, temperature), index, shift)
             axes.set_xticks(sorted({row.num_draft_tokens for row in [*rows, *before]}))
             axes.set_xlabel("drafted tokens a round, K")
@@ -98,11 +70,11 @@ def tau_over_k_figure(
         first.set_ylim(min(1.0, bottom), top + 0.05 * (top - 1))
         handles = _benchmark_handles(benchmarks)
         if any(row.low < row.high for row in rows):
-            handles.append(Line2D([], [], color=_GREY, linestyle="", marker="|", markersize=11, label="interval of τ"))
+            handles.append(Line2D([], [], color=GREY, linestyle="", marker="|", markersize=11, label="interval of τ"))
         if any(row.walk_tau is not None and np.isfinite(row.walk_tau) for row in rows):
             handles.append(_ring("walk estimate"))
         if before:
-            handles.append(Line2D([], [], color=_GREY, linestyle="--", linewidth=1.2, label="before training"))
+            handles.append(Line2D([], [], color=GREY, linestyle="--", linewidth=1.2, label="before training"))
         _legend(figure, handles)
     return figure
 
@@ -124,7 +96,7 @@ def acceptance_per_position_figure(rows: Sequence[ResultRow], *, title: str | No
             for index, benchmark in enumerate(benchmarks):
                 for row in _points(rows, benchmark, temperature)[-1:]:
                     positions = np.arange(1, len(row.alpha) + 1)
-                    axes.plot(positions, row.alpha, color=_colour(index), marker=_marker(index), clip_on=False)
+                    axes.plot(positions, row.alpha, color=line_colour(index), marker=line_marker(index), clip_on=False)
             axes.set_xlabel("position k of the drafted token")
             axes.set_xticks(range(1, max(len(row.alpha) for row in rows) + 1))
         first = next(iter(panels.values()))
@@ -155,7 +127,7 @@ def alpha_over_time_figure(
     num_depths = len(history[0][1])
     # Depth is ordered, so its colours are too: dark to light along a map that is monotonous in lightness.
     colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, num_depths))
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(WIDTH_INCHES, 4.2), dpi=DPI, layout="constrained")
         axes = figure.add_subplot()
         for depth, colour in enumerate(colours):
@@ -170,7 +142,7 @@ def alpha_over_time_figure(
         axes.set_ylim(bottom=0)
         handles = [Line2D([], [], color=colour, label=f"depth {k}") for k, colour in enumerate(colours, start=1)]
         if validation:
-            handles.append(Line2D([], [], color=_GREY, linestyle="", marker="o", label="validation"))
+            handles.append(Line2D([], [], color=GREY, linestyle="", marker="o", label="validation"))
         _legend(figure, handles)
         figure.suptitle(title)
     return figure
@@ -182,8 +154,8 @@ def _depth_series(history: Sequence[tuple[int, Sequence[float]]], depth: int) ->
 
 def _draw_measured(axes: Axes, points: list[ResultRow], index: int, shift: float) -> None:
     x, tau = _xy(points, shift)
-    colour = _colour(index)
-    axes.plot(x, tau, color=colour, marker=_marker(index))
+    colour = line_colour(index)
+    axes.plot(x, tau, color=colour, marker=line_marker(index))
     # Lines, not errorbar(): a bootstrap interval need not hold the point estimate, and nan draws nothing.
     axes.vlines(x, [row.low for row in points], [row.high for row in points], color=colour, linewidth=1.2)
     walk = [float("nan") if row.walk_tau is None else row.walk_tau for row in points]
@@ -194,7 +166,7 @@ def _draw_measured(axes: Axes, points: list[ResultRow], index: int, shift: float
 def _panels(rows: Sequence[ResultRow], title: str | None) -> Iterator[tuple[Figure, dict[float, Axes]]]:
     """An empty figure with one panel a temperature, sharing the vertical axis."""
     temperatures = sorted({row.temperature for row in rows})
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(WIDTH_INCHES, 4.2), dpi=DPI, layout="constrained")
         grid = figure.subplots(1, len(temperatures), sharey=True, squeeze=False)[0]
         for axes, temperature in zip(grid, temperatures, strict=True):
@@ -231,28 +203,16 @@ def _xy(points: Sequence[ResultRow], shift: float) -> tuple[list[float], list[fl
     return [row.num_draft_tokens + shift for row in points], [row.tau for row in points]
 
 
-def _colour(index: int) -> str:
-    return _COLOURS[index % len(_COLOURS)]
-
-
-def _marker(index: int) -> str:
-    return _MARKERS[index % len(_MARKERS)]
-
-
 def _benchmark_handles(benchmarks: Sequence[str]) -> list[Line2D]:
     return [
-        Line2D([], [], color=_colour(index), marker=_marker(index), label=name) for index, name in enumerate(benchmarks)
+        Line2D([], [], color=line_colour(index), marker=line_marker(index), label=name)
+        for index, name in enumerate(benchmarks)
     ]
 
 
 def _ring(label: str) -> Line2D:
-    return Line2D([], [], color=_GREY, linestyle="", marker="o", markersize=9, fillstyle="none", label=label)
+    return Line2D([], [], color=GREY, linestyle="", marker="o", markersize=9, fillstyle="none", label=label)
 
 
 def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     figure.legend(handles=handles, loc="outside right upper")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lkspec.benchmarks.base import BenchmarkPrompt
 from lkspec.benchmarks.mini import Mini
 from lkspec.decoding.chain import ChainDecoder, Request
 from lkspec.decoding.sampling import Sampling
@@ -22,7 +23,7 @@ _NUM_ANCHORS = 4
 
 @dataclass(frozen=True)
 class RealText:
-    """The first prompt of mini_chat with the target's greedy answer, as the target has read it.
+    """A prompt with the target's greedy answer, as the target has read it.
 
     Attributes:
         prompt_id: which prompt.
@@ -36,9 +37,9 @@ class RealText:
 
     @classmethod
     @torch.inference_mode()
-    def answered_by(cls, target: Target, *, num_draft_tokens: int) -> RealText:
-        """Lets the target answer; a prompt too long for its context is cut."""
-        prompt = Mini(suite="chat").prompts()[0]
+    def answered_by(cls, target: Target, *, num_draft_tokens: int, prompt: BenchmarkPrompt | None = None) -> RealText:
+        """Lets the target answer a prompt's first turn, by default mini_chat's first; one too long for it is cut."""
+        prompt = prompt or Mini(suite="chat").prompts()[0]
         messages = [{"role": "user", "content": prompt.turns[0]}]
         ids = target.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         room = target.max_positions - _NUM_ANSWER_TOKENS - num_draft_tokens
