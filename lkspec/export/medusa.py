@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lkspec.drafts.base import Draft
@@ -26,13 +26,20 @@ from lkspec.export.base import (
 )
 from lkspec.targets.base import Target
 from lkspec.tensor_folder import TensorFolder
+from lkspec.vocab import DraftVocab
 
 _VLLM_PREFIX = "medusa_heads."
 _ORIGINAL_PREFIX = "medusa_head."
 
 
 class VllmMedusa(Layout):
-    """``blocks.{h}.layers.{l}``, ``lm_heads.{h}`` and, of a truncated vocabulary, ``token_map``."""
+    """``blocks.{h}.layers.{l}``, ``lm_heads.{h}`` and, of a truncated vocabulary, ``token_map``.
+
+    vLLM 0.32 gives every separate head the whole vocabulary of the target, and refuses a truncated one. Heads are
+    therefore written whole: a row outside the draft vocabulary repeats the row of its first token, so that its logit
+    never exceeds that token's and an argmax, the only way in which vLLM's Medusa drafts, does not choose it.
+    ``trained_vocab_size`` and ``token_map`` lead back to the rows that were trained; vLLM reads neither.
+    """
 
     format: ClassVar[str | None] = "medusa"
     draft_class = Medusa
@@ -79,14 +86,18 @@ class VllmMedusa(Layout):
     def write(self, folder: Path, draft: Draft, target: Target, options: WriteOptions) -> None:
         assert isinstance(draft, Medusa)
         tensors = {name: tensor for name, tensor in draft.state_dict().items() if name != "vocab.ids"}
+        truncated: dict[str, Any] = {}
         if not draft.vocab.is_full:
+            tensors = {n: _whole(t, draft.vocab) if n.startswith("lm_heads.") else t for n, t in tensors.items()}
             tensors["token_map"] = draft.vocab.ids
+            truncated = {"trained_vocab_size": draft.vocab.size}
         config = {
             "architectures": ["MedusaModel"],
             "model_type": "medusa",
             "hidden_size": target.spec.dims.hidden_size,
             "vocab_size": draft.vocab.target_size,
-            "truncated_vocab_size": draft.vocab.size,
+            "truncated_vocab_size": draft.vocab.target_size,
+            **truncated,
             "num_heads": draft.num_depths,
             "num_hidden_layers": _num_layers(draft),
             "medusa_fc_bias": "blocks.0.layers.0.bias" in tensors,
@@ -110,7 +121,7 @@ class VllmMedusa(Layout):
             "states: the target's last hidden state, after its final norm; no auxiliary layers, positions or RoPE",
             f"heads: {draft.num_depths}, {_num_layers(draft)} residual blocks each",
             f"vocabulary: {draft.vocab.size:,} of the target's {target.vocab_size:,} tokens, by "
-            + ("their own ids" if draft.vocab.is_full else "token_map"),
+            + ("their own ids" if draft.vocab.is_full else "token_map; the other rows of the heads repeat the first's"),
         ]
 
     def serve_commands(self, draft: Draft, target_path: str, path: str, options: WriteOptions) -> list[ServeCommand]:
@@ -176,10 +187,17 @@ def check_sizes(folder: TensorFolder, target: Target) -> None:
 def _token_map(folder: TensorFolder, target_size: int) -> Int[Tensor, " D"]:
     """Target id of each row of the heads, in the checkpoint's own order."""
     reader = Reader(folder, _bare)
-    size = folder.config.get("truncated_vocab_size") or target_size
+    size = folder.config.get("trained_vocab_size") or folder.config.get("truncated_vocab_size") or target_size
     if size == target_size:
         return torch.arange(target_size)
     return reader.get("token_map").to(torch.int64)
+
+
+def _whole(rows: Float[Tensor, "D H"], vocab: DraftVocab) -> Float[Tensor, "V H"]:
+    """A head over the target's vocabulary."""
+    whole = rows[:1].repeat(vocab.target_size, 1)
+    whole[vocab.ids] = rows
+    return whole
 
 
 def _only_head(reader: Reader) -> str:

@@ -128,20 +128,26 @@ def test_what_is_written(vocab: DraftVocab | None, tiny_target: TinyTarget, tmp_
     draft = own_draft(tiny_target, vocab)
     VllmMedusa().write(tmp_path, draft, tiny_target, OPTIONS)
     tensors, config = read_folder(tmp_path)
-    shapes = {f"lm_heads.{h}.weight": (draft.vocab.size, H) for h in range(3)}
+    shapes = {f"lm_heads.{h}.weight": (V, H) for h in range(3)}
     for h in range(3):
         for l in range(2):
             shapes |= {f"blocks.{h}.layers.{l}.weight": (H, H), f"blocks.{h}.layers.{l}.bias": (H,)}
     if vocab is not None:
         shapes["token_map"] = (HALF.size,)
         assert torch.equal(tensors["token_map"], HALF.ids)
+        outside = torch.ones(V, dtype=torch.bool).index_fill(0, HALF.ids, False)
+        for h in range(3):
+            ours, theirs = draft.state_dict()[f"lm_heads.{h}.weight"], tensors[f"lm_heads.{h}.weight"]
+            assert torch.equal(theirs[HALF.ids], ours)
+            assert torch.equal(theirs[outside], ours[:1].expand(int(outside.sum()), H))
     assert shapes_of(tensors) == shapes
     assert config == {
         "architectures": ["MedusaModel"],
         "model_type": "medusa",
         "hidden_size": H,
         "vocab_size": V,
-        "truncated_vocab_size": draft.vocab.size,
+        "truncated_vocab_size": V,
+        **({} if vocab is None else {"trained_vocab_size": HALF.size}),
         "num_heads": 3,
         "num_hidden_layers": 2,
         "medusa_fc_bias": True,
@@ -159,7 +165,20 @@ def test_there_and_back(case: str, vocab: DraftVocab | None, tiny_target: TinyTa
     VllmMedusa().write(tmp_path, draft, tiny_target, OPTIONS)
     assert same_q(draft, reopened(tmp_path, tiny_target), tiny_target)
     lines = VllmMedusa().checks(Pretrained.open(str(tmp_path)).folder, draft, tiny_target)
-    assert lines[2].endswith("by token_map" if vocab is not None else "by their own ids")
+    ending = "by their own ids" if vocab is None else "by token_map; the other rows of the heads repeat the first's"
+    assert lines[2].endswith(ending)
+
+
+def test_rows_outside_the_draft_vocabulary_are_never_drafted(tiny_target: TinyTarget, tmp_path: Path) -> None:
+    draft = own_draft(tiny_target, HALF)
+    VllmMedusa().write(tmp_path, draft, tiny_target, OPTIONS)
+    tensors, _ = read_folder(tmp_path)
+    hidden = drawn(200, H, seed=5)
+    for h in range(3):
+        ours = HALF.ids[(hidden @ draft.state_dict()[f"lm_heads.{h}.weight"].T).argmax(-1)]
+        theirs = (hidden @ tensors[f"lm_heads.{h}.weight"].T).argmax(-1)
+        # Repeated rows tie with the vocabulary's first token and with nothing else.
+        assert torch.equal(theirs[ours != HALF.ids[0]], ours[ours != HALF.ids[0]])
 
 
 def test_how_it_is_served(tiny_target: TinyTarget) -> None:
