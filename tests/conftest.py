@@ -11,6 +11,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests nev
 import pytest
 import torch
 
+# Before triton is imported: without a GPU its kernels run in its interpreter.
+os.environ["TRITON_INTERPRET"] = os.environ.get("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 from lkspec.targets.smollm2 import PACKAGE, SmolLM2Target
 from lkspec.targets.tiny import TinyTarget
 

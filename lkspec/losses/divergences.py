@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from lkspec.losses.served_rows import served_rows
+from lkspec.losses.target_filter import TargetFilter
 from lkspec.types import LinearHead, TokenStats
 from lkspec.vocab import DraftVocab
 
@@ -36,11 +37,13 @@ def logit_stats(
     vocab: DraftVocab,
     *,
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     row_value: RowValue | None = None,
 ) -> dict[str, Float[Tensor, "*rows"]]:
     """Statistics of rows of logits, by the names of ``TokenStats`` fields (``row_value`` only where one is given).
 
-    With ``p = softmax(z_p / temperature)`` over V, ``p~`` = p restricted to D and renormalised, and
+    With ``p = softmax(filtered(z_p / temperature))`` over V, ``p~`` = p restricted to D and renormalised, and
     ``q = softmax(z_q / temperature)`` over D::
 
         kl = sum_D p~ (log p~ - log q)                  reverse_kl = sum_D q (log q - log p~)
@@ -58,15 +61,16 @@ def logit_stats(
         tokens: the text's own token x, as target ids.
         vocab: which target tokens the draft can propose.
         temperature: divides both logits.
+        top_k, top_p: filter p alone, see ``TargetFilter``.
         row_value: a form (b) objective.
 
     Raises:
-        ValueError: a temperature that is not positive.
+        ValueError: a temperature that is not positive, top_k or top_p out of range.
     """
     _check_temperature(temperature)
     with torch.no_grad():
-        target = _target_rows(target_logits, tokens, vocab, temperature)
-    return _row_stats(draft_logits, target, vocab, temperature, row_value)
+        target = _target_rows(target_logits, vocab, temperature, TargetFilter(top_k, top_p))
+    return _row_stats(draft_logits, target, tokens, vocab, temperature, row_value)
 
 
 def token_stats(
@@ -79,9 +83,10 @@ def token_stats(
     mask: Bool[Tensor, "K B T"],
     *,
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     row_value: RowValue | None = None,
     chunk_size: int = 1024,
-    recompute: bool = False,
 ) -> TokenStats:
     """Statistics of every supervised (depth, row, anchor), from hidden states.
 
@@ -92,7 +97,8 @@ def token_stats(
 
     but it walks over chunks of TARGET rows: row r serves anchor r - k at every depth k, so the target's logits are
     computed once for all K depths, and only for rows that some depth needs. Where the mask is 0 the statistics and
-    the gradients are exactly zero, whatever the hidden states hold there.
+    the gradients are exactly zero, whatever the hidden states hold there. Autograd keeps [rows, D] activations of all
+    chunks; ``fused_token_stats`` gives the same numbers and keeps none.
 
     Args:
         hidden: the draft's hidden states, which multiply its heads.
@@ -103,71 +109,37 @@ def token_stats(
         tokens: the text, as target ids.
         mask: ``Batch.depth_mask(K)``, or a part of it.
         temperature: divides both logits.
+        top_k, top_p: filter p alone, see ``TargetFilter``.
         row_value: a form (b) objective; its values land in ``TokenStats.row_value``.
         chunk_size: target rows a chunk.
-        recompute: compute a chunk's logits again in backward, so that none survives its chunk; otherwise [rows, D]
-            activations of all chunks are kept, which is faster while they fit.
 
     Raises:
-        ValueError: heads that are not one a depth, a chunk size below 1, a temperature that is not positive.
+        ValueError: heads that are not one a depth, a chunk size below 1, a temperature that is not positive, top_k or
+            top_p out of range.
     """
     check_arguments(hidden, heads, chunk_size, temperature)
+    target_filter = TargetFilter(top_k, top_p)
     served = served_rows(mask)
     # Masked-off entries become zeros BEFORE any arithmetic, so that a NaN there meets neither a value nor a gradient.
     picked = hidden.flatten(0, 2).index_select(0, served.anchors.flatten()).unflatten(0, served.needed.shape)
     picked = picked.masked_fill(~served.needed[..., None], 0.0)
-    chunk_stats = partial(
-        _chunk_stats, heads=heads, target_head=target_head, vocab=vocab, temperature=temperature, row_value=row_value
-    )
-    if recompute:
-        chunk_stats = partial(checkpoint, chunk_stats, use_reentrant=False, preserve_rng_state=False)
     # split, not slices: the backward of a slice would fill a gradient of full size once a chunk.
-    chunks = [
-        chunk_stats(*pieces)
-        for pieces in zip(
-            picked.split(chunk_size, dim=1),
-            target_hidden.flatten(0, 1)[served.rows].split(chunk_size),
-            tokens.flatten()[served.rows + 1].split(chunk_size),
-            strict=True,
+    pieces = (
+        picked.split(chunk_size, dim=1),
+        target_hidden.flatten(0, 1)[served.rows].split(chunk_size),
+        tokens.flatten()[served.rows + 1].split(chunk_size),
+    )
+    chunks = []
+    for draft_rows, target_rows, text in zip(*pieces, strict=True):
+        with torch.no_grad():
+            target = _target_rows(target_head.logits(target_rows), vocab, temperature, target_filter)
+        stats = partial(
+            _row_stats, target=target, tokens=text, vocab=vocab, temperature=temperature, row_value=row_value
         )
-    ]
+        depths = [stats(head.logits(rows)) for head, rows in zip(heads, draft_rows, strict=True)]
+        chunks.append({name: torch.stack([depth[name] for depth in depths]) for name in depths[0]})
     placed = {name: served.place(torch.cat([chunk[name] for chunk in chunks], dim=1), mask) for name in chunks[0]}
     return TokenStats(mask=mask, **placed)
-
-
-class ServedRows(NamedTuple):
-    """The target rows that some depth needs.
-
-    Attributes:
-        rows: flat index b * T + r of each.
-        needed: whether depth k needs the row.
-        anchors: flat index into [K, B, T] of the anchor r - k that the row serves; 0 where it is not needed.
-    """
-
-    rows: Int[Tensor, " R"]
-    needed: Bool[Tensor, "K R"]
-    anchors: Int[Tensor, "K R"]
-
-    def place(self, values: Float[Tensor, "K R"], mask: Bool[Tensor, "K B T"]) -> Float[Tensor, "K B T"]:
-        """Moves values from target rows to their anchors; zeros elsewhere."""
-        values = values.masked_fill(~self.needed, 0.0)
-        flat = values.new_zeros(mask.numel()).index_add(0, self.anchors.flatten(), values.flatten())
-        return flat.view(mask.shape)
-
-
-def served_rows(mask: Bool[Tensor, "K B T"]) -> ServedRows:
-    """The target rows behind a mask [k-1, b, t] of anchors."""
-    num_depths = len(mask)
-    at_target = torch.zeros_like(mask)  # [k-1, b, r] = mask[k-1, b, r - k]
-    for depth in range(1, num_depths + 1):
-        at_target[depth - 1, :, depth:] = mask[depth - 1, :, :-depth]
-    rows = at_target.any(0).flatten().nonzero().squeeze(1)
-    needed = at_target.flatten(1)[:, rows]
-    inside = needed.sum() == mask.sum() and not at_target[..., -1].any()
-    assert inside, "mask: a proposed token lies past the end of its row"
-    depths = torch.arange(num_depths, device=mask.device)[:, None]
-    anchors = depths * mask[0].numel() + rows - (depths + 1)
-    return ServedRows(rows, needed, anchors.masked_fill(~needed, 0))
 
 
 class _TargetRows(NamedTuple):
@@ -175,84 +147,72 @@ class _TargetRows(NamedTuple):
 
     Attributes:
         logp: log p over the draft vocabulary, with the full-vocabulary denominator; may hold -inf.
-        log_renormed: log p~, LOG_ZERO where p is 0.
-        coverage: sum of p over the draft vocabulary.
-        reachable: whether p has any mass there.
+        log_coverage: log of p's mass there; -inf where there is none.
         top1: target id of argmax p over the full vocabulary.
-        tokens: target id of the text's own token.
     """
 
     logp: Float[Tensor, "*rows D"]
-    log_renormed: Float[Tensor, "*rows D"]
-    coverage: Float[Tensor, "*rows"]
-    reachable: Bool[Tensor, "*rows"]
+    log_coverage: Float[Tensor, "*rows"]
     top1: Int[Tensor, "*rows"]
-    tokens: Int[Tensor, "*rows"]
 
 
 def _target_rows(
-    logits: Float[Tensor, "*rows V"], tokens: Int[Tensor, "*rows"], vocab: DraftVocab, temperature: float
+    logits: Float[Tensor, "*rows V"], vocab: DraftVocab, temperature: float, target_filter: TargetFilter
 ) -> _TargetRows:
-    logits = _tempered(logits, temperature)
+    logits = target_filter(_tempered(logits, temperature))
     logp = vocab.restrict(logits) - logits.logsumexp(-1, keepdim=True)
-    log_coverage = logp.logsumexp(-1)
-    reachable = log_coverage > -torch.inf
-    log_renormed = logp - log_coverage.masked_fill(~reachable, 0.0)[..., None]
-    log_renormed = log_renormed.masked_fill_(log_renormed.isneginf(), LOG_ZERO)
-    return _TargetRows(logp, log_renormed, log_coverage.exp(), reachable, logits.argmax(-1), tokens)
+    return _TargetRows(logp, logp.logsumexp(-1), logits.argmax(-1))
 
 
 def _row_stats(
     draft_logits: Float[Tensor, "*rows D"],
     target: _TargetRows,
+    tokens: Int[Tensor, "*rows"],
     vocab: DraftVocab,
     temperature: float,
     row_value: RowValue | None,
 ) -> dict[str, Float[Tensor, "*rows"]]:
     logq = _tempered(draft_logits, temperature).log_softmax(-1)
-    log_ratio = target.log_renormed - logq
-    kl = (target.log_renormed.exp() * log_ratio).sum(-1)
-    reverse_kl = -(logq.exp() * log_ratio).sum(-1)
-    # `where`, not `minimum`, whose gradient splits ties; it also keeps a row of -inf from sending NaN to logq.
-    log_overlap = torch.where(logq < target.logp, logq, target.logp)
-    draft_ids = vocab.to_draft(target.tokens)
-    at_token = draft_ids.clamp(min=0)[..., None]
-    log_accept = (logq.gather(-1, at_token) - target.logp.gather(-1, at_token)).squeeze(-1).clamp(max=0.0)
-    proposed = vocab.to_target(logq.argmax(-1))
-    stats = {
-        "kl": kl,
-        "reverse_kl": reverse_kl.masked_fill(~target.reachable, 0.0),
-        "log_alpha": log_overlap.logsumexp(-1).masked_fill(~target.reachable, LOG_ZERO),
-        "accept_prob": log_accept.exp().masked_fill(draft_ids < 0, 0.0),
-        "top1": (proposed == target.top1).to(logq.dtype),
-        "hit": (proposed == target.tokens).to(logq.dtype),
-        "coverage": target.coverage,
-    }
+    at_token = vocab.to_draft(tokens).clamp(min=0)[..., None]
+    log_accept = (logq.gather(-1, at_token) - target.logp.gather(-1, at_token)).squeeze(-1)
+    stats = row_divergences(logq, target.logp, target.log_coverage)
+    stats |= text_stats(log_accept, logq.argmax(-1), target.top1, tokens, vocab)
+    stats["coverage"] = target.log_coverage.exp()
     if row_value is not None:
         stats["row_value"] = row_value(target.logp, logq)
     return stats
 
 
-def _chunk_stats(
-    hidden: Float[Tensor, "K R H"],
-    target_hidden: Float[Tensor, "R Ht"],
-    tokens: Int[Tensor, " R"],
-    *,
-    heads: Sequence[LinearHead],
-    target_head: LinearHead,
+def row_divergences(
+    logq: Float[Tensor, "*rows D"], logp: Float[Tensor, "*rows D"], log_coverage: Float[Tensor, "*rows"]
+) -> dict[str, Float[Tensor, "*rows"]]:
+    """The statistics that carry gradients: the definition, exact at any distance of p and q."""
+    reachable = log_coverage > -torch.inf
+    log_renormed = (logp - log_coverage.masked_fill(~reachable, 0.0)[..., None]).clamp(min=LOG_ZERO)
+    log_ratio = log_renormed - logq
+    # `where`, not `minimum`, whose gradient splits ties; it also keeps a row of -inf from sending NaN to logq.
+    log_overlap = torch.where(logq < logp, logq, logp)
+    return {
+        "kl": (log_renormed.exp() * log_ratio).sum(-1).masked_fill(~reachable, 0.0),
+        "reverse_kl": -(logq.exp() * log_ratio).sum(-1).masked_fill(~reachable, 0.0),
+        "log_alpha": log_overlap.logsumexp(-1).masked_fill(~reachable, LOG_ZERO),
+    }
+
+
+def text_stats(
+    log_accept: Float[Tensor, "*rows"],
+    proposed: Int[Tensor, "*rows"],
+    target_top1: Int[Tensor, "*rows"],
+    tokens: Int[Tensor, "*rows"],
     vocab: DraftVocab,
-    temperature: float,
-    row_value: RowValue | None,
-) -> dict[str, Float[Tensor, "K R"]]:
-    with torch.no_grad():
-        target = _target_rows(target_head.logits(target_hidden), tokens, vocab, temperature)
-    # One depth at a time, shared head or not: a matmul of hundreds of rows is already as fast as one K times as wide,
-    # whose temporaries would be K times as large.
-    depths = [
-        _row_stats(head.logits(rows), target, vocab, temperature, row_value)
-        for head, rows in zip(heads, hidden, strict=True)
-    ]
-    return {name: torch.stack([depth[name] for depth in depths]) for name in depths[0]}
+) -> dict[str, Float[Tensor, "*rows"]]:
+    """The statistics that only measure, from log(q(x) / p(x)), the draft id of argmax q, and target ids."""
+    proposed = vocab.to_target(proposed)
+    return {
+        "accept_prob": log_accept.clamp(max=0.0).exp().masked_fill(vocab.to_draft(tokens) < 0, 0.0),
+        "top1": (proposed == target_top1).to(log_accept.dtype),
+        "hit": (proposed == tokens).to(log_accept.dtype),
+    }
 
 
 def _tempered(logits: Float[Tensor, "*rows W"], temperature: float) -> Float[Tensor, "*rows W"]:

@@ -153,6 +153,8 @@ class LKLambda(Objective):
 class JensenShannon(Objective):
     """Jensen-Shannon divergence of p~ and q, in nats: the example of form (b)."""
 
+    uses_mean_alpha = False
+
     @property
     def row_value(self) -> RowValue:
         return jensen_shannon

@@ -121,6 +121,21 @@ def test_disjoint_supports_keep_a_useful_gradient(gap: float, how: str):
     assert (slope + d_alpha / alpha).norm() < 1e-4
 
 
+@pytest.mark.parametrize("how", ["recompute", "in_forward", "form_b"])
+def test_a_state_that_is_not_a_number_shows_in_the_loss(how: str):
+    """So that training can refuse it by name."""
+    case = make_case()
+    depth, row, anchor = case.mask.nonzero()[0].tolist()
+    broken = case.hidden.detach().clone()
+    broken[depth, row, anchor] = torch.nan
+    case = replace(case, hidden=broken.requires_grad_())
+    promised = InForward(lambda stats: -stats.log_alpha, torch.ones(K)) if how == "in_forward" else None
+    stats = case.fused(in_forward=promised, row_value=jensen_shannon if how == "form_b" else None)
+    loss = -stats.log_alpha.sum() if stats.row_value is None else stats.row_value.sum()
+    assert loss.isnan()
+    assert gradients(case, loss)[0][depth, row, anchor].isnan().all()
+
+
 @pytest.mark.parametrize("how", ["recompute", "form_b"])
 def test_no_gradient_reaches_the_target(how: str):
     case = make_case()
@@ -150,8 +165,10 @@ def test_refuses_what_does_not_fit():
         case.fused(chunk_size=0)
     with pytest.raises(ValueError, match="temperature"):
         case.fused(temperature=0.0)
-    with pytest.raises(ValueError, match="exclude each other"):
-        case.fused(row_value=jensen_shannon, in_forward=InForward(lambda stats: stats.kl, torch.ones(K)))
+    with pytest.raises(ValueError, match="top_k"):
+        case.fused(top_k=-1)
+    with pytest.raises(ValueError, match="top_p"):
+        case.fused(top_p=0.0)
     past_end = torch.zeros_like(case.mask)
     past_end[0, 0, T - 2] = True
     with pytest.raises(AssertionError, match="past the end"):

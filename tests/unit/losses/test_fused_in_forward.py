@@ -26,22 +26,24 @@ from fused_cases import (
 from torch import Tensor
 
 from lkspec.losses.fused_linear import InForward
-from lkspec.losses.objectives import KL, TV, LKAlpha, LKLambda, Objective, ReverseKL, reduce_loss
+from lkspec.losses.objectives import KL, TV, JensenShannon, LKAlpha, LKLambda, Objective, ReverseKL, reduce_loss
 from lkspec.types import LinearHead, TokenStats
 from lkspec.vocab import DraftVocab
 
 OF_THE_ROW = [KL(), ReverseKL(), TV(), LKAlpha(), LKLambda(fixed_lambda=0.3), LKLambda(per_token=True)]
+OF_THE_ROW += [JensenShannon()]
 UNUSED = torch.zeros(K)  # mean_alpha, of objectives that do not read it
 
 
 def loss_in_forward(case: Case, objective: Objective, gamma: float = 0.8, **options) -> Tensor:
-    stats = case.fused(in_forward=in_forward(objective, case, gamma), **options)
+    stats = case.fused(in_forward=in_forward(objective, case, gamma), row_value=objective.row_value, **options)
     assert stats.row_value is not None
     return reduce_loss(stats.row_value, case.mask, counts(case), gamma)
 
 
 def loss_of_reference(case: Case, objective: Objective, gamma: float = 0.8, **options) -> Tensor:
-    return reduce_loss(objective.values(case.reference(**options), UNUSED), case.mask, counts(case), gamma)
+    stats = case.reference(row_value=objective.row_value, **options)
+    return reduce_loss(objective.values(stats, UNUSED), case.mask, counts(case), gamma)
 
 
 @pytest.mark.parametrize("factor", [1.0, 8.0, -0.01])

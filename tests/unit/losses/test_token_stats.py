@@ -87,13 +87,12 @@ def as_dict(stats: TokenStats) -> dict[str, Tensor]:
     return {name: getattr(stats, name) for name in NAMES}
 
 
-@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("chunk_size", [1, 4, 1000])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared_head", "head_per_depth"])
-def test_equals_naive_loop(shared: bool, chunk_size: int, recompute: bool):
+def test_equals_naive_loop(shared: bool, chunk_size: int):
     case = make_case(shared=shared)
     assert case.mask.sum((1, 2)).tolist() == [13, 9, 5]
-    stats = as_dict(case.stats(chunk_size=chunk_size, recompute=recompute))
+    stats = as_dict(case.stats(chunk_size=chunk_size))
     expected = naive(case)
     for name in NAMES:
         assert torch.allclose(stats[name], expected[name], atol=1e-12), name
@@ -108,8 +107,7 @@ def test_temperature():
         assert torch.allclose(getattr(stats, name), expected[name], atol=1e-12), name
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_masked_off_entries_may_hold_anything(recompute: bool):
+def test_masked_off_entries_may_hold_anything():
     case = make_case(shared=False)
     used = torch.zeros(B, T, dtype=torch.bool)
     for depth, row, anchor in case.mask.nonzero().tolist():
@@ -117,7 +115,7 @@ def test_masked_off_entries_may_hold_anything(recompute: bool):
     hidden = case.hidden.detach().masked_fill(~case.mask[..., None], float("nan")).requires_grad_()
     target_hidden = case.target_hidden.masked_fill(~used[..., None], float("nan"))
     poisoned = Case(hidden, case.heads, target_hidden, case.target_head, case.tokens, case.mask)
-    clean_stats, poisoned_stats = (as_dict(c.stats(chunk_size=4, recompute=recompute)) for c in (case, poisoned))
+    clean_stats, poisoned_stats = (as_dict(c.stats(chunk_size=4)) for c in (case, poisoned))
     for name in NAMES:
         assert torch.equal(clean_stats[name], poisoned_stats[name]), name
         assert torch.equal(poisoned_stats[name][~case.mask], torch.zeros(int((~case.mask).sum())).double()), name
@@ -127,11 +125,10 @@ def test_masked_off_entries_may_hold_anything(recompute: bool):
     assert not poisoned_gradients[0][~case.mask].any()
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_empty_mask_backpropagates_zeros(recompute: bool):
+def test_empty_mask_backpropagates_zeros():
     case = make_case()
     empty = Case(*(getattr(case, f.name) for f in fields(case)[:-1]), mask=torch.zeros_like(case.mask))
-    stats = as_dict(empty.stats(recompute=recompute))
+    stats = as_dict(empty.stats())
     assert all(not values.any() and values.shape == (K, B, T) for values in stats.values())
     for slope in gradients(empty, stats):
         assert not slope.any()
@@ -150,10 +147,9 @@ def test_more_depths_than_slots():
     assert (stats.log_alpha != 0).sum() == 1
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_row_value_runs_in_the_same_walk(recompute: bool):
+def test_row_value_runs_in_the_same_walk():
     case = make_case()
-    stats = case.stats(row_value=JensenShannon().row_value, chunk_size=4, recompute=recompute)
+    stats = case.stats(row_value=JensenShannon().row_value, chunk_size=4)
     expected = torch.zeros_like(stats.kl)
     for depth, row, anchor in case.mask.nonzero().tolist():
         z_p = case.target_head.logits(case.target_hidden[row, anchor + depth + 1])
@@ -165,23 +161,6 @@ def test_row_value_runs_in_the_same_walk(recompute: bool):
     for one, two in zip(ours, theirs, strict=True):
         assert torch.allclose(one, two, atol=1e-10)
     assert case.stats().row_value is None
-
-
-def test_recompute_keeps_no_logits():
-    case = make_case()
-    saved: dict[bool, set[int]] = {}
-    for recompute in (False, True):
-        widths: set[int] = set()
-
-        def remember(tensor: Tensor, widths: set[int] = widths) -> Tensor:
-            widths.update(tensor.shape[-1:])
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-            case.stats(chunk_size=4, recompute=recompute)
-        saved[recompute] = widths
-    assert VOCAB.size in saved[False], "the probe sees what is kept"
-    assert not {VOCAB.size, V} & saved[True]
 
 
 @dataclass(frozen=True)
@@ -206,9 +185,7 @@ def test_no_gradient_reaches_the_target():
     case = make_case()
     target_hidden = case.target_hidden.clone().requires_grad_()
     weight = case.target_head.weight.clone().requires_grad_()
-    stats = token_stats(
-        case.hidden, case.heads, target_hidden, LinearHead(weight), VOCAB, case.tokens, case.mask, recompute=True
-    )
+    stats = token_stats(case.hidden, case.heads, target_hidden, LinearHead(weight), VOCAB, case.tokens, case.mask)
     (stats.kl.sum() + stats.log_alpha.sum()).backward()
     assert target_hidden.grad is None
     assert weight.grad is None

@@ -1,0 +1,55 @@
+"""Objectives whose gradient is formed in the forward pass, while the logits are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lkspec.types import TokenStats
+
+DIFFERENTIABLE = ("kl", "reverse_kl", "log_alpha", "row_value")
+
+
+@dataclass(frozen=True)
+class InForward:
+    """An objective whose gradient is formed in the forward pass.
+
+    Attributes:
+        values: one value a row, a function of that row's statistics alone; it sees R rows of one depth as [1, 1, R].
+        weights: what the loss multiplies each depth's sum of values by; gradients are right up to a common factor only
+            with these weights.
+    """
+
+    values: Callable[[TokenStats], Float[Tensor, "1 1 R"]]
+    weights: Float[Tensor, " K"]
+
+    def slopes(
+        self, stats: dict[str, Float[Tensor, " R"]], depth: int, needed: Bool[Tensor, " R"]
+    ) -> tuple[Float[Tensor, " R"], dict[str, Float[Tensor, " R"]]]:
+        """Values of the rows of a depth (from 0), and their slopes in the statistics times the depth's weight."""
+        with torch.enable_grad():
+            rows = {name: value[None, None] for name, value in stats.items()}
+            leaves = {name: rows[name].clone().requires_grad_() for name in DIFFERENTIABLE if name in rows}
+            everywhere = torch.ones_like(leaves["kl"], dtype=torch.bool)
+            values = self.values(TokenStats(mask=everywhere, **{**rows, **leaves}))
+            assert values.shape == everywhere.shape, "in_forward: the values of R rows must be [1, 1, R]"
+            slopes = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
+        weight = self.weights[depth].to(values.dtype)
+        return values.detach()[0, 0], {
+            name: slope[0, 0].masked_fill(~needed, 0.0) * weight
+            for name, slope in zip(leaves, slopes, strict=True)
+            if slope is not None
+        }
+
+    def factor(self, upstream: Float[Tensor, "K R"], needed: Bool[Tensor, "K R"]) -> Tensor:
+        """What a loss multiplies the promised one by, from its slope in each value."""
+        factors = (upstream / self.weights.to(upstream)[:, None])[needed]
+        if factors.numel() == 0:
+            return factors.new_ones(())
+        factor = factors[0]
+        assert torch.allclose(factors, factor.expand_as(factors), rtol=1e-4), "in_forward: other weights than promised"
+        return factor
