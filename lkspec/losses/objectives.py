@@ -26,8 +26,9 @@ class Objective(ABC):
         return None
 
     @property
-    def uses_mean_alpha(self) -> bool:
-        """Whether ``values`` reads ``mean_alpha``; where not, gradients can be formed in the forward pass."""
+    def reads_whole_batch(self) -> bool:
+        """Whether a token's value depends on more than its own statistics at its own depth: on ``mean_alpha``, or on
+        other depths. Where not, gradients can be formed in the forward pass."""
         return True
 
     @abstractmethod
@@ -52,7 +53,7 @@ class Objective(ABC):
 class KL(Objective):
     """KL(p~ || q), the baseline; p~ is p renormalised over the draft vocabulary."""
 
-    uses_mean_alpha = False
+    reads_whole_batch = False
 
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
         return stats.kl
@@ -64,7 +65,7 @@ class KL(Objective):
 class ReverseKL(Objective):
     """KL(q || p~)."""
 
-    uses_mean_alpha = False
+    reads_whole_batch = False
 
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
         return stats.reverse_kl
@@ -76,7 +77,7 @@ class ReverseKL(Objective):
 class TV(Objective):
     """1 - alpha: the probability that a proposed token is rejected."""
 
-    uses_mean_alpha = False
+    reads_whole_batch = False
 
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
         return -torch.expm1(stats.log_alpha)
@@ -88,7 +89,7 @@ class TV(Objective):
 class LKAlpha(Objective):
     """-log alpha, the log taken of each token's own alpha."""
 
-    uses_mean_alpha = False
+    reads_whole_batch = False
 
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
         return -stats.log_alpha
@@ -125,7 +126,7 @@ class LKLambda(Objective):
         self.per_token = per_token
 
     @property
-    def uses_mean_alpha(self) -> bool:
+    def reads_whole_batch(self) -> bool:
         return self.fixed_lambda is None and not self.per_token
 
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
@@ -150,10 +151,32 @@ class LKLambda(Objective):
         return torch.exp(-self.eta * mean_alpha)
 
 
+class ExpectedLength(Objective):
+    """-log sum_k prod_{j<=k} alpha_j: of the expected number of tokens accepted along the text from an anchor on.
+
+    Its derivative in log alpha_j is -w_j with ``w_j = sum_{k>=j} prod_{i<=k} alpha_i / sum_k prod_{i<=k} alpha_i``, so
+    depths weight themselves: the first has weight 1, a deeper one the share of the accepted tokens that lie behind it.
+    gamma plays no part, as the whole value stands at depth 1. With a single depth this is ``lk_alpha``.
+    """
+
+    reads_whole_batch = True
+
+    def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
+        anchors = stats.mask[0]
+        log_reached = stats.log_alpha.cumsum(0).masked_fill(~stats.mask, -torch.inf)
+        # Zeros where there is no anchor, before the logsumexp, whose gradient is NaN in a column of -inf.
+        log_accepted = log_reached.masked_fill(~anchors, 0.0).logsumexp(0)
+        at_first = -log_accepted.masked_fill(~anchors, 0.0)
+        return torch.cat([at_first[None], torch.zeros_like(stats.log_alpha[1:])])
+
+    def describe(self) -> str:
+        return "expected_length"
+
+
 class JensenShannon(Objective):
     """Jensen-Shannon divergence of p~ and q, in nats: the example of form (b)."""
 
-    uses_mean_alpha = False
+    reads_whole_batch = False
 
     @property
     def row_value(self) -> RowValue:

@@ -221,6 +221,7 @@ def test_masked_sums():
         ("lk_lambda_fixed", "lk_lambda(lambda=0.5, fixed)"),
         ("lk_lambda_per_token", "lk_lambda(eta=3, per token)"),
         ("jsd", "jsd"),
+        ("expected_length", "expected_length"),
     ],
 )
 def test_config_files_build_objectives(name: str, described: str):
