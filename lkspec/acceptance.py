@@ -6,12 +6,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from lkspec.decoding.walk import WalkCount, walk_turns
 from lkspec.drafts.base import Draft
 from lkspec.losses.fused_linear import fused_token_stats
 from lkspec.targets.base import Target
 from lkspec.types import Batch, LinearHead, TargetStates, TokenStats, stack_rows
+from lkspec.walk_rows import WalkRow
 
 _TEXT_TOKENS = 2048  # padded tokens a batch of the walk
 
@@ -37,6 +40,43 @@ def draft_stats(
         batch.depth_mask(len(hidden)),
         **options,
     )
+
+
+def walk_rows(
+    batch: Batch, stats: TokenStats, accept: Float[Tensor, "K B T"], *, temperature: float, num_depths: int, steps: int
+) -> list[WalkRow]:
+    """The walk along every conversation of a batch with rounds of 1, 2, .. K drafted tokens, and its sums of alpha.
+
+    Args:
+        batch: conversations that the target wrote.
+        stats: their statistics, as training sees them.
+        accept: a_k at each anchor, at the temperature of the text.
+        temperature: of the text.
+        num_depths: the largest K.
+        steps: optimiser steps taken before.
+    """
+    mask, alpha = stats.mask.cpu(), stats.log_alpha.double().exp().masked_fill(~stats.mask, 0.0).cpu()
+    accept, turns = accept.cpu(), batch.turns.cpu()
+    rows = []
+    for conversation in batch.conversations():
+        place = (conversation.row, conversation.slots)
+        walks = [walk_turns(accept[:k, *place], mask[:k, *place], turns[place]) for k in range(1, num_depths + 1)]
+        for depth, counts in enumerate(walks, start=1):
+            rows.append(
+                WalkRow(
+                    conversation=conversation.name,
+                    key=conversation.key,
+                    temperature=temperature,
+                    steps=steps,
+                    depth=depth,
+                    num_tokens=int(mask[depth - 1, *place].sum()),
+                    alpha=float(alpha[depth - 1, *place].sum()),
+                    rounds=sum(count.rounds for count in counts),
+                    accepted=sum(count.accepted for count in counts),
+                    at_least=sum(count.accepted_at_least[depth - 1] for count in walks[-1]),
+                )
+            )
+    return rows
 
 
 @torch.inference_mode()

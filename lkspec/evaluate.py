@@ -7,25 +7,33 @@ from contextlib import nullcontext
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lkspec.assemble import open_run
+from lkspec.assemble import TrainedRun, open_run
 from lkspec.builders import build_benchmarks, run_facts
 from lkspec.config import entry_point, resolved
-from lkspec.serving import served_by_vllm
+from lkspec.serving import serving_engine
 from lkspec.suite import Suite, SuiteOptions, draw_run
+from lkspec.throughput import ThroughputOptions, comparable, measure_throughput, print_throughput
 
 console = Console()
 
 
 @entry_point("evaluate", fixed_by_run=True)
 def main(config: DictConfig) -> None:
-    """Writes results rows and rounds into the run's folder."""
+    """Writes results rows and rounds, or the throughput of an engine, into the run's folder."""
+    if config.get("throughput") is None:
+        _acceptance(config)
+    else:
+        _throughput(config)
+
+
+def _acceptance(config: DictConfig) -> None:
     options = resolved(config.evaluation)
     options |= {key: resolved(config)[key] for key in ("num_draft_tokens", "temperatures", "batch_size")}
     suite_options = SuiteOptions(**options)
     benchmarks = build_benchmarks(config.benchmark)
     run = open_run(config)
     depths = max(setting.num_draft_tokens for setting in suite_options.settings())
-    serving = nullcontext() if config.get("engine") is None else served_by_vllm(config.engine, run, depths)
+    serving = nullcontext() if config.get("engine") is None else serving_engine(config.engine, run, depths)
     with serving as engine:
         facts = run_facts(run.config, run.folder, run.target, run.info)
         suite = Suite(run.target, benchmarks, suite_options, facts, engine)
@@ -33,6 +41,21 @@ def main(config: DictConfig) -> None:
         suite.run(run.draft, stage=stage, step=run.step, supervised_tokens=run.info["num_supervised_seen"])
     draw_run(run.folder)
     console.print(f"results: {run.folder.results_file}", soft_wrap=True)
+
+
+def _throughput(config: DictConfig) -> None:
+    options = ThroughputOptions(**resolved(config.throughput), seed=config.evaluation.seed)
+    if config.get("engine") is None:
+        raise ValueError("throughput measures a serving engine: say engine=vllm, or engine=server base_url=...")
+    benchmarks = build_benchmarks(config.benchmark)
+    run: TrainedRun = open_run(config)
+    options.check(run.draft)
+    with serving_engine(config.engine, run, max(1, *options.depths)) as engine:
+        facts = run_facts(run.config, run.folder, run.target, run.info)
+        newest = measure_throughput(engine, run.target, benchmarks, options, facts, step=run.step)
+    run.folder.write_throughput(newest)
+    print_throughput(comparable(run.folder.read_throughput(), newest))
+    console.print(f"throughput: {run.folder.throughput_file}", soft_wrap=True)
 
 
 if __name__ == "__main__":

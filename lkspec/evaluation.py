@@ -15,6 +15,7 @@ from lkspec.decoding.chain import ChainDecoder, Completion, Request
 from lkspec.decoding.sampling import Sampling
 from lkspec.decoding.walk import WalkCount
 from lkspec.drafts.base import Draft
+from lkspec.engine_checks import check_text
 from lkspec.metrics import PromptRounds
 from lkspec.targets.base import Target
 
@@ -30,9 +31,18 @@ class Decoder(Protocol):
 
 
 class Engine(Protocol):
-    """A serving engine that decodes in place of lkspec; it counts rounds but does not say where they were."""
+    """A serving engine that decodes in place of lkspec; it counts rounds but does not say where they were.
+
+    Attributes:
+        serves_alone: whether it also answers without the draft, for the speed-up.
+        protocol: what measurements depend on beside the sampling, such as its version.
+    """
 
     name: str
+    serves_alone: bool
+
+    @property
+    def protocol(self) -> dict[str, Any]: ...
 
     def decoder(self, sampling: Sampling, *, num_draft_tokens: int, seed: int) -> Decoder:
         """What decodes at one setting."""
@@ -149,6 +159,9 @@ def measure(
     ``num_prompts`` uses only so many, evenly spaced. Every turn after the first follows the model's own earlier
     answers. At batch size 1 the target alone answers the same prompts in turns, for the speed-up. An ``engine``
     decodes in place of lkspec; the walk along its answers is still ours.
+
+    Raises:
+        ValueError: the engine's answers are not the target's at this temperature.
     """
     prompts = benchmark.prompts(num_prompts)[rank::num_replicas]
     decoder, baseline = _decoders(target, draft, setting, batch_size, engine)
@@ -165,11 +178,17 @@ def measure(
             done.append((prompt, completion))
             if progress is not None:
                 progress(len(done), total)
+    protocol = benchmark.protocol(num_prompts)
+    if engine is not None:
+        protocol |= engine.protocol
+        if setting.is_unfiltered:
+            written = [(completion.request.tokens, completion.tokens) for _, completion in done]
+            check_text(target, written, temperature=setting.temperature, engine=engine.name)
     return Measurement(
         engine="lkspec" if engine is None else engine.name,
         benchmark=benchmark.name,
         setting=setting,
-        protocol=benchmark.protocol(num_prompts),
+        protocol=protocol,
         answers=_walked(target, draft, setting, done),
         seconds=clock.seconds,
         baseline_seconds=clock.baseline_seconds if baseline is not None else None,
@@ -183,7 +202,8 @@ def _decoders(
     """What decodes, and at batch size 1 the target alone."""
     if engine is not None:
         numbers: dict[str, Any] = {"sampling": setting.sampling, "seed": setting.seed}
-        baseline = engine.decoder(num_draft_tokens=0, **numbers) if batch_size == 1 else None
+        with_baseline = batch_size == 1 and engine.serves_alone
+        baseline = engine.decoder(num_draft_tokens=0, **numbers) if with_baseline else None
         return engine.decoder(num_draft_tokens=setting.num_draft_tokens, **numbers), baseline
     options: dict[str, Any] = {"sampling": setting.sampling, "batch_size": batch_size, "seed": setting.seed}
     alone = ChainDecoder(target, None, num_draft_tokens=0, **options) if batch_size == 1 else None

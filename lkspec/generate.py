@@ -27,7 +27,7 @@ from lkspec.data.generation import (
 )
 from lkspec.decoding.chain import ChainDecoder, Completion, Request
 from lkspec.decoding.sampling import Sampling
-from lkspec.engines.server import ChatRequest, ChatServer
+from lkspec.engines.server import ChatRequest, Server
 from lkspec.targets.base import Target
 
 console = Console()
@@ -95,7 +95,7 @@ def _answer_by_server(config: DictConfig, prompts: list[Prompt], settings: dict[
         raise ValueError(
             "engine=server answers prompts as text: prompts=magpie and token_ids=true need the target itself"
         )
-    server: ChatServer = instantiate(config.engine)
+    server: Server = instantiate(config.engine)
     names = [config.target[key] for key in ("path", "name") if config.target.get(key)]
     model = server.choose_model(names or [HydraConfig.get().runtime.choices["target"]])
     out = ResumableJsonl(Path(config.out), {**settings, "model": model})

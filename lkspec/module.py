@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lkspec.acceptance import draft_stats
-from lkspec.decoding.walk import WalkCount, walk_turns
+from lkspec.acceptance import draft_stats, walk_rows
 from lkspec.drafts.base import Draft
 from lkspec.losses.fused_linear import InForward
 from lkspec.losses.objectives import Objective, depth_weights, masked_sums, reduce_loss
 from lkspec.types import Batch, LinearHead, TargetStates, TokenStats
+from lkspec.walk_rows import WalkRow
 
 CHECKPOINT_KEY = "lkspec"
 
@@ -73,6 +73,7 @@ class SpeculatorModule(LightningModule):
         self._walk_depths = walk_depths or draft.num_depths
         self._checkpoint_info = checkpoint_info or {}
         self._validation: dict[str, _ValidationSums] = {}
+        self.walk_rows: list[WalkRow] = []  # of the last validation, over all ranks
         self._last_time: float | None = None
         self.num_supervised_seen = 0
 
@@ -140,7 +141,7 @@ class SpeculatorModule(LightningModule):
 
     def _in_forward(self, counts: Int[Tensor, " K"]) -> InForward | None:
         """How gradients are formed in the forward pass, where the objective allows it."""
-        if self.objective.uses_mean_alpha or self.objective.row_value is not None:
+        if self.objective.reads_whole_batch:
             return None
         unknown = torch.full_like(counts, torch.nan, dtype=torch.float32)
         weights = depth_weights(len(counts), self.gamma).to(counts.device) / counts.clamp(min=1)
@@ -198,11 +199,19 @@ class SpeculatorModule(LightningModule):
             if temperature is not None:
                 walked = stats if temperature in (0, 1) else self.stats(batch, temperature=temperature)
                 accept = walked.hit if temperature == 0 else walked.accept_prob
-                total.walk(accept, stats.mask, batch.turns)
+                total.walked += walk_rows(
+                    batch,
+                    stats,
+                    accept,
+                    temperature=temperature,
+                    num_depths=total.walk_depths,
+                    steps=self.global_step,
+                )
 
     def on_validation_epoch_end(self) -> None:
+        self.walk_rows = self._gathered([row for total in self._validation.values() for row in total.walked])
         for tag, total in self._validation.items():
-            sums = {name: self._summed(value.to(self.device)) for name, value in total.sums.items()}
+            sums = {name: self._summed(value.to(self.device)) for name, value in total.all_sums().items()}
             count = sums["count"].clamp(min=1)
             values = {f"val/{tag}/coverage": sums["coverage"][0] / count[0]}
             for name in ("alpha", "kl", "top1", "objective"):
@@ -231,6 +240,14 @@ class SpeculatorModule(LightningModule):
             return value
         return self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
 
+    def _gathered(self, rows: list[WalkRow]) -> list[WalkRow]:
+        """The rows of all ranks."""
+        if self.trainer.world_size == 1:
+            return rows
+        parts: list[list[WalkRow]] = [[]] * self.trainer.world_size
+        torch.distributed.all_gather_object(parts, rows)
+        return [row for part in parts for row in part]
+
 
 class _ValidationSums:
     """Sums of one validation set on this rank."""
@@ -239,19 +256,17 @@ class _ValidationSums:
         self.walk_depths = min(walk_depths, num_depths)
         names = ("alpha", "kl", "top1", "coverage", "accept_prob", "count", "objective")
         self.sums: dict[str, Tensor] = {name: torch.zeros(num_depths, dtype=torch.float64) for name in names}
-        self.sums["walk"] = torch.zeros(2, dtype=torch.float64)  # rounds, accepted
+        self.walked: list[WalkRow] = []
 
     def add(self, stats: TokenStats, values: Float[Tensor, "K B T"]) -> None:
         for name, value in masked_sums(stats).items():
             self.sums[name] += value.double().cpu()
         self.sums["objective"] += values.masked_fill(~stats.mask, 0.0).sum((1, 2)).double().cpu()
 
-    def walk(self, accept: Tensor, mask: Tensor, turns: Tensor) -> None:
-        for row in range(turns.shape[0]):
-            depths = slice(0, self.walk_depths)
-            counts: list[WalkCount] = walk_turns(accept[depths, row], mask[depths, row], turns[row])
-            for count in counts:
-                self.sums["walk"] += torch.tensor([count.rounds, count.accepted], dtype=torch.float64)
+    def all_sums(self) -> dict[str, Tensor]:
+        """Those over tokens, and ``walk``: expected rounds and accepted tokens at the largest K."""
+        rows = [(row.rounds, row.accepted) for row in self.walked if row.depth == self.walk_depths]
+        return {**self.sums, "walk": torch.tensor([[0.0, 0.0], *rows], dtype=torch.float64).sum(0)}
 
 
 def _per_depth(prefix: str, values: Float[Tensor, " K"]) -> dict[str, Tensor]:

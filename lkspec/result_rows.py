@@ -1,6 +1,6 @@
-"""The rows of a run's two tables, rounds.parquet and results.csv, and the only code that writes or reads them.
+"""The rows of a run's tables: rounds.parquet, results.csv, throughput.csv; the only code that writes or reads them.
 
-Both tables are replaced atomically: a crash leaves the old file.
+Every table is replaced atomically: a crash leaves the old file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -103,6 +103,49 @@ class ResultRow:
         return self.benchmark, self.temperature, self.num_draft_tokens, self.engine, protocol, self.steps
 
 
+@dataclass(frozen=True)
+class ThroughputRow:
+    """Speed of a serving engine at one K (0: without drafting) and one number of requests at a time.
+
+    Attributes:
+        hardware: what the engine runs on; ``CPU``, or ``unknown hardware`` where a server does not tell.
+        tokens_per_second: output tokens of all requests over the wall time.
+        median_ms_per_token, p95_ms_per_token: over requests, of the time per output token after the first.
+        protocol: everything else that it depends on, JSON.
+    """
+
+    run: str
+    draft: str
+    loss: str
+    target: str
+    steps: int
+    engine: str
+    hardware: str
+    temperature: float
+    num_draft_tokens: int
+    concurrency: int
+    num_requests: int
+    num_tokens: int
+    tokens_per_second: float
+    median_ms_per_token: float
+    p95_ms_per_token: float
+    protocol: str
+
+    @property
+    def setting(self) -> tuple[str | float, ...]:
+        """Rows of one setting can be compared over K and concurrency."""
+        protocol = content_hash(json.loads(self.protocol))
+        return self.engine, self.hardware, self.temperature, self.num_requests, protocol, self.steps
+
+    @property
+    def key(self) -> tuple[str | float, ...]:
+        """A run holds one row a key."""
+        return (*self.setting, self.num_draft_tokens, self.concurrency)
+
+
+Row = TypeVar("Row", ResultRow, ThroughputRow)
+
+
 def content_hash(content: Any) -> str:
     """First 8 hex digits of the sha256 of plain data in canonical JSON (sorted keys, no spaces)."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -127,6 +170,11 @@ def read_rounds(path: Path) -> list[RoundRow]:
     return [RoundRow(**row) for row in pq.read_table(path).to_pylist()]
 
 
+def read_round_table(path: Path) -> pa.Table:
+    """A rounds.parquet, a column a field of ``RoundRow``."""
+    return pq.read_table(path, schema=_ROUND_SCHEMA)
+
+
 def write_result_rows(path: Path, rows: Sequence[ResultRow]) -> None:
     """Writes a results.csv; floats read back exactly, None is an empty cell, alpha_k has as many columns as needed."""
     num_alpha = max((len(row.alpha) for row in rows), default=0)
@@ -148,17 +196,40 @@ def read_result_rows(path: Path) -> list[ResultRow]:
     Raises:
         ValueError: a column is missing or unknown, or a cell is not of its column's type (file, line and column).
     """
+    return _read_csv(path, ResultRow)
+
+
+def write_throughput_rows(path: Path, rows: Sequence[ThroughputRow]) -> None:
+    """Writes a throughput.csv; floats read back exactly."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(ThroughputRow)], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: _cell(value) for name, value in vars(row).items()})
+
+
+def read_throughput_rows(path: Path) -> list[ThroughputRow]:
+    """Reads a throughput.csv, typed.
+
+    Raises:
+        ValueError: as ``read_result_rows``.
+    """
+    return _read_csv(path, ThroughputRow)
+
+
+def _read_csv(path: Path, row_class: type[Row]) -> list[Row]:
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file, restval="")
         header = reader.fieldnames or []
-        expected = {field.name for field in fields(ResultRow)} - {"alpha"}
+        expected = {field.name for field in fields(row_class)} - {"alpha"}
         given = {name for name in header if not name.startswith("alpha_")}
         if given != expected:
             raise ValueError(
-                f"{path}: expected the columns of a results row; missing {sorted(expected - given) or 'none'}, "
-                f"unknown {sorted(given - expected) or 'none'}: it was written by another version of lkspec"
+                f"{path}: expected the columns of a {row_class.__name__}; "
+                f"missing {sorted(expected - given) or 'none'}, unknown {sorted(given - expected) or 'none'}: "
+                "it was written by another version of lkspec"
             )
-        return [_parse_row(row, f"{path}:{reader.line_num}") for row in reader]
+        return [_parse_row(row, row_class, f"{path}:{reader.line_num}") for row in reader]
 
 
 _ROUND_TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
@@ -188,15 +259,15 @@ _CELL_TYPES: dict[str, Callable[[str], Any]] = {
 }
 
 
-def _parse_row(row: Mapping[str, str], where: str) -> ResultRow:
+def _parse_row(row: Mapping[str, str], row_class: type[Row], where: str) -> Row:
     values: dict[str, Any] = {}
-    for field in fields(ResultRow):
+    for field in fields(row_class):
         if field.name == "alpha":
             names = itertools.takewhile(row.get, (f"alpha_{k}" for k in itertools.count(1)))
             values["alpha"] = tuple(_parse_cell(row, name, float, where) for name in names)
         else:
             values[field.name] = _parse_cell(row, field.name, _CELL_TYPES[str(field.type)], where)
-    return ResultRow(**values)
+    return row_class(**values)
 
 
 def _parse_cell(row: Mapping[str, str], name: str, parse: Callable[[str], Any], where: str) -> Any:

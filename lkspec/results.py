@@ -9,7 +9,12 @@ A run folder, ``<root>/<draft>-<loss>-<target>-s<seed>-<hash8>/``::
     tb/             TensorBoard
     metrics.json    the last value of every metric
     rounds.parquet  one row a round
+    walk.parquet    one row a held-out conversation x depth, of the last validation
+    tokens.parquet  one row a token x depth of some held-out answers, where somebody asked for it
     results.csv     one row a benchmark x temperature x num_draft_tokens x engine x protocol x training steps
+    identity.json   what besides its configuration the run's numbers depend on (see jobs.py)
+    failure.txt     why the last attempt ended in an error; gone with the next attempt
+    throughput.csv  one row a concurrency x num_draft_tokens x engine x protocol x training steps
 
 Every file is replaced atomically: a crash leaves the old one. Only one process writes a run folder.
 """
@@ -17,6 +22,7 @@ Every file is replaced atomically: a crash leaves the old one. Only one process 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -28,6 +34,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     SCALARS,
@@ -38,12 +45,18 @@ from lkspec.files import write_text
 from lkspec.result_rows import (
     ResultRow,
     RoundRow,
+    ThroughputRow,
     content_hash,
     read_result_rows,
+    read_round_table,
     read_rounds,
+    read_throughput_rows,
     replace_rounds,
     write_result_rows,
+    write_throughput_rows,
 )
+from lkspec.token_rows import TokenRow, read_token_table, write_token_rows
+from lkspec.walk_rows import WalkRow, read_walk_table, write_walk_rows
 
 _PACKAGE = Path(__file__).parent
 _LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # also a Hydra value that needs no quotes
@@ -166,6 +179,10 @@ class RunFolder:
         return self.path / "results.csv"
 
     @property
+    def throughput_file(self) -> Path:
+        return self.path / "throughput.csv"
+
+    @property
     def figures_dir(self) -> Path:
         """Where pictures go."""
         return self.path / "figures"
@@ -183,6 +200,38 @@ class RunFolder:
     def remove(self) -> None:
         """Deletes the folder with everything in it."""
         shutil.rmtree(self.path)
+
+    def set_aside(self) -> Path:
+        """Moves the folder to ``<root>/stale/<name>-<n>``, where no report looks for runs; returns that place."""
+        stale = self.path.parent / "stale"
+        stale.mkdir(exist_ok=True)
+        number = next(n for n in itertools.count(1) if not (stale / f"{self.name}-{n}").exists())
+        return self.path.rename(stale / f"{self.name}-{number}")
+
+    def write_identity(self, identity: Mapping[str, Any]) -> None:
+        """Writes identity.json."""
+        write_text(self._identity_file, json.dumps(dict(identity), indent=2) + "\n")
+
+    def read_identity(self) -> dict[str, Any] | None:
+        """identity.json; None where none was written."""
+        return json.loads(self._identity_file.read_text(encoding="utf-8")) if self._identity_file.is_file() else None
+
+    def write_failure(self, text: str | None) -> None:
+        """Writes failure.txt; None removes it."""
+        if text is None:
+            self.failure_file.unlink(missing_ok=True)
+        else:
+            write_text(self.failure_file, text)
+
+    @property
+    def failure_file(self) -> Path:
+        """Where the error stands that ended the last attempt."""
+        return self.path / "failure.txt"
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last attempt ended in an error."""
+        return self.failure_file.is_file()
 
     def read_depth_history(self, prefix: str) -> list[tuple[int, list[float]]]:
         """(step, [value at depth 1..K]) of the TensorBoard scalars ``<prefix>/depth_<k>``; empty without any."""
@@ -203,12 +252,24 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def _identity_file(self) -> Path:
+        return self.path / "identity.json"
+
+    @property
     def _metrics_file(self) -> Path:
         return self.path / "metrics.json"
 
     @property
     def _rounds_file(self) -> Path:
         return self.path / "rounds.parquet"
+
+    @property
+    def _walk_file(self) -> Path:
+        return self.path / "walk.parquet"
+
+    @property
+    def _tokens_file(self) -> Path:
+        return self.path / "tokens.parquet"
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -241,6 +302,26 @@ class RunFolder:
         """All rounds; none before the first write."""
         return read_rounds(self._rounds_file) if self._rounds_file.is_file() else []
 
+    def read_round_table(self) -> pa.Table | None:
+        """All rounds as columns, for those who count many; None before the first write."""
+        return read_round_table(self._rounds_file) if self._rounds_file.is_file() else None
+
+    def write_walk(self, rows: Sequence[WalkRow]) -> None:
+        """Replaces walk.parquet."""
+        write_walk_rows(self._walk_file, rows)
+
+    def read_walk_table(self) -> pa.Table | None:
+        """The walk along the held-out conversations, a column a field of ``WalkRow``; None before the first write."""
+        return read_walk_table(self._walk_file) if self._walk_file.is_file() else None
+
+    def write_tokens(self, rows: Sequence[TokenRow]) -> None:
+        """Replaces tokens.parquet."""
+        write_token_rows(self._tokens_file, rows)
+
+    def read_token_table(self) -> pa.Table | None:
+        """Statistics of held-out tokens, a column a field of ``TokenRow``; None before the first write."""
+        return read_token_table(self._tokens_file) if self._tokens_file.is_file() else None
+
     def write_results(self, rows: Iterable[ResultRow]) -> None:
         """Adds rows to results.csv in place of those with the same key (setting, protocol and training steps)."""
         merged = {row.key: row for row in [*self.read_results(), *rows]}
@@ -249,6 +330,15 @@ class RunFolder:
     def read_results(self) -> list[ResultRow]:
         """The rows of results.csv; none before the first write."""
         return read_result_rows(self.results_file) if self.results_file.is_file() else []
+
+    def write_throughput(self, rows: Iterable[ThroughputRow]) -> None:
+        """Adds rows to throughput.csv in place of those with the same key."""
+        merged = {row.key: row for row in [*self.read_throughput(), *rows]}
+        write_throughput_rows(self.throughput_file, list(merged.values()))
+
+    def read_throughput(self) -> list[ThroughputRow]:
+        """The rows of throughput.csv; none before the first write."""
+        return read_throughput_rows(self.throughput_file) if self.throughput_file.is_file() else []
 
 
 def list_runs(root: Path) -> list[RunFolder]:

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from lkspec.benchmarks.base import Benchmark
 from lkspec.drafts.base import Draft
+from lkspec.engine_checks import doubts
 from lkspec.evaluation import Engine, Measurement, Setting, gathered, measure
 from lkspec.figures import plot_acceptance_per_position, plot_alpha_over_time, plot_tau_over_k
 from lkspec.metrics import acceptance_metrics
@@ -118,6 +119,7 @@ class Suite:
             settings = [setting for setting in settings if setting.num_draft_tokens == largest]
         rank, num_replicas = _rank_and_world()
         measurements = []
+        rows: list[ResultRow] = []
         with _progress(visible=rank == 0) as progress:
             for benchmark, setting in itertools.product(self.benchmarks, settings):
                 label = f"{benchmark.name} T={setting.temperature:g} K={setting.num_draft_tokens}"
@@ -136,14 +138,17 @@ class Suite:
                 )
                 progress.remove_task(task)
                 measurements.append(gathered(measured))
+                if rank == 0:  # at once: what comes later may fail
+                    rows.append(self._row(measurements[-1], step, supervised_tokens))
+                    self.facts.folder.write_results(rows[-1:])
         if rank == 0:
-            rows = [self._row(measurement, step, supervised_tokens) for measurement in measurements]
             self.last_rows = rows
-            self.facts.folder.write_results(rows)
             if stage != "before" and self.engine is None:
                 self.facts.folder.write_rounds(row for measured in measurements for row in _round_rows(measured))
             by = "" if self.engine is None else f", decoded by {self.engine.name}"
             print_rows(rows, title=f"acceptance length {stage} training (step {step}){by}")
+            for doubt in doubts(rows) if self.engine is not None else ():
+                console.print(doubt, soft_wrap=True)
         return measurements
 
     def _row(self, measurement: Measurement, step: int, supervised_tokens: int) -> ResultRow:

@@ -1,20 +1,18 @@
-"""A client of any OpenAI-compatible server (vLLM, SGLang, ...): answers chats, many at a time."""
+"""An OpenAI-compatible server that is running already (vLLM, SGLang, ...): which model it serves, answers to chats."""
 
 from __future__ import annotations
 
 import json
-import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-_RETRIED = {429, 500, 502, 503, 504}
-_PAUSES = (1.0, 4.0, 16.0)  # seconds before another try
+from lkspec.engines.connection import Connection
+
+#: What a server would otherwise take from the model's own ``generation_config.json``, without a word.
+PLAIN_SAMPLING: dict[str, Any] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)
@@ -41,15 +39,18 @@ class ChatAnswer:
     num_tokens: int
 
 
-class ChatServer:
+class Server:
     """A server by its address.
 
     Args:
         base_url: with or without ``/v1``.
         model: its name there; null takes the one it serves, if that is the target's.
-        concurrency: requests under way at once.
+        concurrency: chats under way at once.
         timeout: seconds that one request may take.
         api_key_variable: environment variable that holds a key, where the server asks for one.
+        plain_sampling: also says that no filter or penalty applies, in words that vLLM and SGLang know; other servers
+            may refuse them.
+        hardware: what it runs on, for tables; null is told apart only as far as this machine's own GPU goes.
 
     Raises:
         ValueError: an address that is none, concurrency < 1.
@@ -63,17 +64,17 @@ class ChatServer:
         concurrency: int = 64,
         timeout: float = 600.0,
         api_key_variable: str = "OPENAI_API_KEY",
+        plain_sampling: bool = True,
+        hardware: str | None = None,
     ) -> None:
-        if base_url is None or not base_url.startswith(("http://", "https://")):
-            raise ValueError(
-                f"base_url: expected the server's address, such as http://localhost:8000, got {base_url!r}"
-            )
         if concurrency < 1:
             raise ValueError(f"concurrency: expected at least 1, got {concurrency}")
-        self._root = base_url.rstrip("/").removesuffix("/v1")
+        self.connection = Connection(base_url, timeout=timeout, api_key_variable=api_key_variable)
         self.model = model
-        self._concurrency, self._timeout = concurrency, timeout
-        self._key = os.environ.get(api_key_variable)
+        self.hardware = hardware
+        self._concurrency = concurrency
+        self._plain = PLAIN_SAMPLING if plain_sampling else {}
+        self.software = ""
 
     def choose_model(self, target_names: Sequence[str]) -> str:
         """The served model that is the target by one of its names; a model named by the user is taken as it is.
@@ -81,20 +82,24 @@ class ChatServer:
         Raises:
             ValueError: the server serves something else.
         """
-        served = list(self._get("/v1/models")["data"])
+        root = self.connection.root
+        try:
+            served = list(json.loads(self.connection.get("/v1/models"))["data"])
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"base_url: {root}/v1/models is not what an OpenAI-compatible server answers") from error
         ids = [entry["id"] for entry in served]
-        if self.model is not None:
-            if self.model not in ids:
-                raise ValueError(f"engine.model: {self._root} serves {', '.join(ids)}, not {self.model}")
-            return self.model
         wanted = {_last_part(name) for name in target_names}
         for entry in served:
-            if {_last_part(entry["id"]), _last_part(entry.get("root") or entry["id"])} & wanted:
+            names = {_last_part(entry["id"]), _last_part(entry.get("root") or entry["id"])}
+            if entry["id"] == self.model or (self.model is None and names & wanted):
                 self.model = entry["id"]
+                self.software = entry.get("owned_by") or ""
                 return entry["id"]
+        if self.model is not None:
+            raise ValueError(f"engine.model: {root} serves {', '.join(ids)}, not {self.model}")
         raise ValueError(
-            f"{self._root} serves {', '.join(ids)}, but the target is {' or '.join(target_names)}: answers of another "
-            f"model would train the wrong draft. If it is the same model under another name, say engine.model={ids[0]}"
+            f"{root} serves {', '.join(ids)}, but the target is {' or '.join(target_names)}: answers of another model "
+            f"are of no use. If it is the same model under another name, say engine.model={ids[0]}"
         )
 
     def answers(
@@ -112,7 +117,7 @@ class ChatServer:
             try:
                 while True:
                     for request in islice(waiting, self._concurrency - len(running)):
-                        running.add(pool.submit(self._answer, request, options))
+                        running.add(pool.submit(self._answer, request, {**self._plain, **options}))
                     if not running:
                         return
                     done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -124,7 +129,7 @@ class ChatServer:
 
     def _answer(self, request: ChatRequest, options: dict[str, Any]) -> ChatAnswer:
         body = {**options, "messages": list(request.messages), "seed": request.seed}
-        reply = self._post("/v1/chat/completions", body, request.id)
+        reply = self.connection.post("/v1/chat/completions", body, request.id)
         choice = reply["choices"][0]
         return ChatAnswer(
             request,
@@ -132,35 +137,6 @@ class ChatServer:
             finish_reason=choice["finish_reason"],
             num_tokens=reply["usage"]["completion_tokens"],
         )
-
-    def _post(self, path: str, body: dict[str, Any], what: str) -> Any:
-        data = json.dumps(body).encode()
-        for pause in (*_PAUSES, None):
-            try:
-                return self._send(urllib.request.Request(self._root + path, data=data, headers=self._headers()))
-            except urllib.error.HTTPError as error:
-                detail = error.read().decode(errors="replace")[:500]
-                if error.code not in _RETRIED or pause is None:
-                    raise ValueError(f"{self._root}: {what} was refused with {error.code}: {detail}") from error
-            except OSError as error:  # no connection, or none any more
-                if pause is None:
-                    raise ValueError(f"{self._root}: {what} got no answer ({error}); is the server up?") from error
-            time.sleep(pause)
-        raise AssertionError("the last try returns or raises")
-
-    def _get(self, path: str) -> Any:
-        try:
-            return self._send(urllib.request.Request(self._root + path, headers=self._headers()))
-        except OSError as error:
-            raise ValueError(f"base_url: no OpenAI-compatible server at {self._root} ({error})") from error
-
-    def _send(self, request: urllib.request.Request) -> Any:
-        with urllib.request.urlopen(request, timeout=self._timeout) as reply:
-            return json.loads(reply.read())
-
-    def _headers(self) -> dict[str, str]:
-        key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        return {"Content-Type": "application/json", **key}
 
 
 def _last_part(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -14,12 +13,12 @@ from rich.console import Console
 
 from lkspec.decoding.chain import Completion, Request
 from lkspec.decoding.sampling import Sampling
-from lkspec.types import Round
+from lkspec.engines.rounds import counted_rounds, request_seed
+from lkspec.engines.speed import Speed
 
 console = Console(stderr=True)
 
 _WORKER = Path(__file__).parent / "vllm_worker.py"
-_NO_POSITION = -1  # the engine counts rounds, it does not say where they were
 
 
 class VllmEngine:
@@ -28,7 +27,7 @@ class VllmEngine:
     Args:
         python: the interpreter of the serving environment (``make serve-env``).
         dtype: float32 makes its greedy answers comparable token by token.
-        max_model_len: context, in tokens.
+        max_model_len: context, in tokens; never more than the target's.
         kv_cache_gb: of a CPU build; GPUs take ``options.gpu_memory_utilization``.
         options: further arguments of ``vllm.LLM``.
         log: file for what vLLM prints.
@@ -38,6 +37,7 @@ class VllmEngine:
     """
 
     name = "vllm"
+    serves_alone = True  # the target without a draft, beside it with one
 
     def __init__(
         self,
@@ -63,10 +63,21 @@ class VllmEngine:
         self._eos_ids: list[int] = []
         self._processes: dict[int, subprocess.Popen[str]] = {}
         self.version = ""
+        self.hardware = ""
 
-    def serve(self, target: str, draft: dict[str, Any], eos_ids: Sequence[int]) -> None:
-        """Says what to serve: the target's folder or hub id, and the draft in vLLM's words (``method``, ``model``)."""
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What measurements depend on beside the sampling; the version is known once a process has started."""
+        return {"engine_version": f"vLLM {self.version}", "engine_settings": self._llm}
+
+    def serve(
+        self, target: str, draft: dict[str, Any], eos_ids: Sequence[int], *, max_positions: int | None = None
+    ) -> None:
+        """Says what to serve: the target's folder or hub id with its context limit, and the draft in vLLM's words
+        (``method``, ``model``)."""
         self._target, self._draft, self._eos_ids = target, draft, list(eos_ids)
+        if max_positions is not None:
+            self._llm["max_model_len"] = min(self._llm["max_model_len"], max_positions)
 
     def decoder(self, sampling: Sampling, *, num_draft_tokens: int, seed: int) -> VllmDecoder:
         """What answers requests at one setting, started already; 0 draft tokens serve the target alone.
@@ -76,11 +87,35 @@ class VllmEngine:
         """
         if sampling.draft_filter == "same":
             raise ValueError("engine=vllm filters the target's distribution only: set draft_filter=none")
-        if num_draft_tokens not in self._processes:
-            for other in [k for k in self._processes if k > 0 and num_draft_tokens > 0]:
-                _end(self._processes.pop(other))
-            self._start(num_draft_tokens)
+        self._start_if_needed(num_draft_tokens, keep=(0,) if num_draft_tokens else tuple(self._processes))
         return VllmDecoder(self, sampling, num_draft_tokens, seed)
+
+    def throughput_depths(self, wanted: Sequence[int]) -> list[int]:
+        """The K to measure the speed at: those that are wanted."""
+        return list(wanted)
+
+    def speed(
+        self, requests: Sequence[Request], sampling: Sampling, *, num_draft_tokens: int, concurrency: int, seed: int
+    ) -> Speed:
+        """Answers requests, so many at a time, in a process that has the machine to itself."""
+        self._start_if_needed(num_draft_tokens, keep=())
+        prompts = [
+            {
+                "tokens": list(request.tokens),
+                "max_tokens": request.max_new_tokens,
+                "seed": request_seed(seed, request),
+            }
+            for request in requests
+        ]
+        job = {"kind": "speed", "prompts": prompts, "sampling": self.params(sampling), "concurrency": concurrency}
+        found = self.ask(num_draft_tokens, job)
+        return Speed(found["num_tokens"], found["seconds"], tuple(found["seconds_per_token"]))
+
+    def _start_if_needed(self, num_draft_tokens: int, *, keep: Sequence[int]) -> None:
+        for other in [k for k in self._processes if k != num_draft_tokens and k not in keep]:
+            _end(self._processes.pop(other))
+        if num_draft_tokens not in self._processes:
+            self._start(num_draft_tokens)
 
     def ask(self, num_draft_tokens: int, job: dict[str, Any]) -> Any:
         """One job's answer from the process of a K.
@@ -129,7 +164,7 @@ class VllmEngine:
         self._processes[num_draft_tokens] = process
         with console.status(f"starting vLLM with K={num_draft_tokens} (its log: {self._log})"):
             ready = self._exchange(process, settings)
-        self.version = ready["version"]
+        self.version, self.hardware = ready["version"], ready["hardware"]
         if ready["repaired"]:
             console.print(f"vLLM {self.version}: its verification lost the temperature; worked around for this process")
 
@@ -172,7 +207,7 @@ class VllmDecoder:
             prompt = {
                 "tokens": list(request.tokens),
                 "max_tokens": request.max_new_tokens,
-                "seed": _seed(self._seed, request),
+                "seed": request_seed(self._seed, request),
             }
             job = {"kind": "answer", "prompts": [prompt], "sampling": self._engine.params(self._sampling)}
             [row] = self._engine.ask(self._num_draft_tokens, job)
@@ -183,18 +218,3 @@ class VllmDecoder:
                 finish_reason=row["finish_reason"],
                 rounds=counted_rounds(row["num_rounds"], row["accepted_per_position"]),
             )
-
-
-def counted_rounds(num_rounds: int, accepted_per_position: Sequence[int]) -> tuple[Round, ...]:
-    """The rounds behind an engine's counters: position k counts the rounds in which at least k tokens were accepted."""
-    at_least = [num_rounds, *accepted_per_position, 0]
-    return tuple(
-        Round(position=_NO_POSITION, accepted=accepted, past_end=False)
-        for accepted in range(len(at_least) - 1)
-        for _ in range(at_least[accepted] - at_least[accepted + 1])
-    )
-
-
-def _seed(seed: int, request: Request) -> int:
-    digest = hashlib.sha256(f"{seed} {request.prompt_id} {request.turn}".encode()).digest()
-    return int.from_bytes(digest[:4], "little")

@@ -6,9 +6,9 @@ prints to the standard output, so the answers go to a copy of it and the rest to
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -26,11 +26,19 @@ def main() -> None:
 
     engine = vllm.LLM(**settings)
     repaired = repair_temperatures()  # behind the engine's start, which puts a CPU build's own kernels in place
-    jobs: dict[str, Callable[..., Any]] = {"answer": answer, "throughput": throughput}
-    print(json.dumps({"version": vllm.__version__, "repaired": repaired}), file=channel, flush=True)
+    jobs: dict[str, Callable[..., Any]] = {"answer": answer, "speed": speed}
+    ready = {"version": vllm.__version__, "hardware": hardware(), "repaired": repaired}
+    print(json.dumps(ready), file=channel, flush=True)
     for line in sys.stdin:
         job = json.loads(line)
         print(json.dumps(jobs[job.pop("kind")](engine, **job)), file=channel, flush=True)
+
+
+def hardware() -> str:
+    """The name of the GPU, or CPU."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
 
 
 def repair_temperatures() -> bool:
@@ -83,29 +91,35 @@ def answer(engine: Any, prompts: list[dict[str, Any]], sampling: dict[str, Any])
     return rows
 
 
-def throughput(engine: Any, prompts: list[list[int]], sampling: dict[str, Any], concurrency: int) -> dict[str, float]:
-    """Output tokens per second and seconds per token of each request, so many requests at a time."""
-    import vllm
+def speed(engine: Any, prompts: list[dict[str, Any]], sampling: dict[str, Any], concurrency: int) -> dict[str, Any]:
+    """Answers prompts with so many under way at once, the next one in as soon as one is done.
 
-    params = vllm.SamplingParams(**sampling)
-    num_tokens, seconds, per_token = 0, 0.0, []
-    for first in range(0, len(prompts), concurrency):
-        group = [{"prompt_token_ids": tokens} for tokens in prompts[first : first + concurrency]]
-        start = time.perf_counter()
-        outputs = engine.generate(group, params, use_tqdm=False)
-        seconds += time.perf_counter() - start
-        for output in outputs:
-            count = len(output.outputs[0].token_ids)
-            num_tokens += count
-            if count > 1:
-                stats = output.metrics
-                per_token.append((stats.last_token_ts - stats.first_token_ts) / (count - 1))
-    quantiles = statistics.quantiles(per_token, n=20, method="inclusive") if len(per_token) > 1 else per_token * 19
-    return {
-        "tokens_per_second": num_tokens / seconds,
-        "median_seconds_per_token": quantiles[9],
-        "p95_seconds_per_token": quantiles[18],
-    }
+    Gives ``num_tokens``, ``seconds``, and of each request with more than one token the seconds from its first token to
+    its last by the tokens between.
+    """
+    import vllm
+    from vllm.sampling_params import RequestOutputKind
+
+    waiting = enumerate(prompts)
+    running, num_tokens, per_token = 0, 0, []
+    start = time.perf_counter()
+    while True:
+        for number, prompt in itertools.islice(waiting, concurrency - running):
+            params = vllm.SamplingParams(**sampling, seed=prompt["seed"], max_tokens=prompt["max_tokens"])
+            params.output_kind = RequestOutputKind.FINAL_ONLY
+            engine.llm_engine.add_request(str(number), {"prompt_token_ids": prompt["tokens"]}, params)
+            running += 1
+        if running == 0:
+            break
+        for output in engine.llm_engine.step():
+            if output.finished:
+                running -= 1
+                count = len(output.outputs[0].token_ids)
+                num_tokens += count
+                if count > 1:
+                    times = output.metrics
+                    per_token.append((times.last_token_ts - times.first_token_ts) / (count - 1))
+    return {"num_tokens": num_tokens, "seconds": time.perf_counter() - start, "seconds_per_token": per_token}
 
 
 def counters(engine: Any) -> dict[str, Any]:

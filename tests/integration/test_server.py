@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from chat_stub import chat_stub
 
-from lkspec.engines import server as module
-from lkspec.engines.server import ChatRequest, ChatServer
+from lkspec.engines import connection
+from lkspec.engines.server import ChatRequest, Server
 
 REQUESTS = [ChatRequest(f"p{i}", ({"role": "user", "content": f"why {i}"},), seed=5) for i in range(20)]
 SAMPLING = {"temperature": 0.5, "top_p": 0.9, "max_tokens": 7}
@@ -17,12 +17,12 @@ SAMPLING = {"temperature": 0.5, "top_p": 0.9, "max_tokens": 7}
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(module, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(connection, "_PAUSES", (0.0, 0.0))
 
 
 def test_answers_belong_to_their_requests():
     with chat_stub("org/model") as stub:
-        server = ChatServer(base_url=stub.url, model="org/model", concurrency=4)
+        server = Server(base_url=stub.url, model="org/model", concurrency=4)
         answers = {answer.request.id: answer for answer in server.answers(REQUESTS, **SAMPLING)}
         assert {name: answer.text for name, answer in answers.items()} == {f"p{i}": f"{i} why" for i in range(20)}
         assert {(a.finish_reason, a.num_tokens) for a in answers.values()} == {("stop", 2)}
@@ -31,10 +31,25 @@ def test_answers_belong_to_their_requests():
         assert sent == {"model": "org/model", "seed": 5, **SAMPLING}
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_filters_and_penalties_of_the_models_own_configuration_are_turned_off(plain):
+    words = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    with chat_stub("m") as stub:
+        list(Server(base_url=stub.url, model="m", plain_sampling=plain).answers(REQUESTS[:1], **SAMPLING))
+        assert {key: stub.requests[0].get(key) for key in words} == (words if plain else dict.fromkeys(words))
+
+
+def test_something_else_that_answers():
+    with chat_stub("m") as stub:
+        stub.models = None
+        with pytest.raises(ValueError, match=r"/v1/models is not what an OpenAI-compatible server answers"):
+            Server(base_url=stub.url).choose_model(["m"])
+
+
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
 def test_addresses(suffix):
     with chat_stub("m") as stub:
-        assert ChatServer(base_url=stub.url + suffix).choose_model(["m"]) == "m"
+        assert Server(base_url=stub.url + suffix).choose_model(["m"]) == "m"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +62,7 @@ def test_addresses(suffix):
 )
 def test_the_target_under_its_names(served, root, names):
     with chat_stub("other", served, root=root) as stub:
-        found = ChatServer(base_url=stub.url).choose_model(names)
+        found = Server(base_url=stub.url).choose_model(names)
         assert found == served or root is not None
 
 
@@ -56,16 +71,16 @@ def test_another_model_is_refused_unless_named():
         with pytest.raises(
             ValueError, match=r"serves other/model, but the target is mine(.|\n)*engine.model=other/model"
         ):
-            ChatServer(base_url=stub.url).choose_model(["mine"])
-        assert ChatServer(base_url=stub.url, model="other/model").choose_model(["mine"]) == "other/model"
+            Server(base_url=stub.url).choose_model(["mine"])
+        assert Server(base_url=stub.url, model="other/model").choose_model(["mine"]) == "other/model"
         with pytest.raises(ValueError, match=r"serves other/model, not absent"):
-            ChatServer(base_url=stub.url, model="absent").choose_model(["mine"])
+            Server(base_url=stub.url, model="absent").choose_model(["mine"])
 
 
 def test_a_busy_server_is_asked_again():
     with chat_stub("m") as stub:
         stub.failures = [503, 429]
-        [answer] = ChatServer(base_url=stub.url, model="m", concurrency=1).answers(REQUESTS[:1], **SAMPLING)
+        [answer] = Server(base_url=stub.url, model="m", concurrency=1).answers(REQUESTS[:1], **SAMPLING)
         assert answer.text == "0 why"
         assert len(stub.requests) == 3
 
@@ -75,17 +90,17 @@ def test_refusals_end_it(failures, tries):
     with chat_stub("m") as stub:
         stub.failures = failures
         with pytest.raises(ValueError, match=rf"p0 was refused with {failures[0]}: .*told to fail"):
-            list(ChatServer(base_url=stub.url, model="m", concurrency=1).answers(REQUESTS[:1], **SAMPLING))
+            list(Server(base_url=stub.url, model="m", concurrency=1).answers(REQUESTS[:1], **SAMPLING))
         assert len(stub.requests) == tries
 
 
 def test_no_server():
     with chat_stub("m") as stub:
         url = stub.url
-    with pytest.raises(ValueError, match=f"no OpenAI-compatible server at {url}"):
-        ChatServer(base_url=url).choose_model(["m"])
+    with pytest.raises(ValueError, match=f"{url}/v1/models cannot be read"):
+        Server(base_url=url).choose_model(["m"])
     with pytest.raises(ValueError, match=f"{url}: p0 got no answer"):
-        list(ChatServer(base_url=url, model="m").answers(REQUESTS[:1], **SAMPLING))
+        list(Server(base_url=url, model="m").answers(REQUESTS[:1], **SAMPLING))
 
 
 @pytest.mark.parametrize(
@@ -98,13 +113,13 @@ def test_no_server():
 )
 def test_settings_that_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        ChatServer(**options)
+        Server(**options)
 
 
 def test_a_key_is_sent(monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret")
-    server = ChatServer(base_url="http://localhost", api_key_variable="MY_KEY")
-    assert server._headers()["Authorization"] == "Bearer secret"
+    server = Server(base_url="http://localhost", api_key_variable="MY_KEY")
+    assert server.connection._request("/").get_header("Authorization") == "Bearer secret"
 
 
 class TestGenerate:

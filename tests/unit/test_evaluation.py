@@ -228,9 +228,10 @@ class OtherEngine:
     """Decodes as lkspec does, but says of rounds only how many tokens they accepted."""
 
     name = "other"
+    protocol = {"engine_version": "other 1"}  # noqa: RUF012 - never changed
 
-    def __init__(self, target: TinyTarget, draft: Eagle3) -> None:
-        self.target, self.draft = target, draft
+    def __init__(self, target: TinyTarget, draft: Eagle3, *, serves_alone: bool = False) -> None:
+        self.target, self.draft, self.serves_alone = target, draft, serves_alone
 
     def decoder(self, sampling: Sampling, *, num_draft_tokens: int, seed: int) -> OtherEngine:
         draft = self.draft if num_draft_tokens else None
@@ -254,3 +255,19 @@ def test_an_engine_decodes_in_place_of_lkspec(target, draft):
     accepted = [[[d.accepted for d in a.completion.rounds] for a in m.answers] for m in (ours, theirs)]
     assert accepted[0] == accepted[1]
     assert theirs.walk_acceptance_lengths() == ours.walk_acceptance_lengths()
+    assert theirs.protocol == {**ours.protocol, "engine_version": "other 1"}
+
+
+@pytest.mark.parametrize("serves_alone", [True, False])
+def test_an_engine_that_cannot_leave_its_draft_out_has_no_speedup(target, draft, serves_alone):
+    engine = OtherEngine(target, draft, serves_alone=serves_alone)
+    found = measure(target, draft, benchmark_of(1, num_new=8), GREEDY, batch_size=1, engine=engine)
+    assert (found.speedup is not None) == serves_alone
+
+
+def test_an_engine_whose_text_is_not_the_targets_is_refused(target, draft):
+    sampled = replace(GREEDY, temperature=1.0)
+    engine = OtherEngine(target, draft)
+    engine.decoder = lambda sampling, **options: OtherEngine.decoder(engine, Sampling(0.0), **options)
+    with pytest.raises(ValueError, match=r"engine=other: \d+ tokens written at T=1 are not the target's own"):
+        measure(target, draft, benchmark_of(6, num_new=48), sampled, batch_size=4, engine=engine)

@@ -7,12 +7,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lkspec.decoding.chain import Request
 from lkspec.decoding.sampling import Sampling
-from lkspec.engines.vllm_engine import VllmEngine, counted_rounds
+from lkspec.engines.rounds import counted_rounds
+from lkspec.engines.vllm_engine import VllmEngine
 from lkspec.metrics import PromptRounds, acceptance_metrics
 
 FAKE = Path(__file__).parents[2] / "fake_vllm"
@@ -65,12 +67,21 @@ def test_a_lost_temperature_is_noticed(engine, capfd):
     assert "its verification lost the temperature" in " ".join(capfd.readouterr().err.split())
 
 
-def test_throughput(engine):
-    engine.decoder(Sampling(0.0), num_draft_tokens=1, seed=0)
-    sampling = {**engine.params(Sampling(0.0)), "max_tokens": 4}
-    speed = engine.ask(1, {"kind": "throughput", "prompts": [[1]] * 5, "sampling": sampling, "concurrency": 2})
-    assert speed["median_seconds_per_token"] == speed["p95_seconds_per_token"] == 0.5
-    assert speed["tokens_per_second"] > 0
+@pytest.mark.parametrize(("concurrency", "at_once"), [(2, 2), (9, 5)])
+def test_speed_with_requests_under_way_together(engine, concurrency, at_once):
+    requests = [Request(f"r{i}", 0, (1,), 4) for i in range(4)] + [Request("short", 0, (1,), 1)]
+    speed = engine.speed(requests, Sampling(0.0), num_draft_tokens=1, concurrency=concurrency, seed=0)
+    assert speed.num_tokens == 4 * 4 + 1
+    assert speed.seconds_per_token == (at_once,) * 4  # one token alone has no time between tokens
+    assert engine.hardware in ("CPU", torch.cuda.is_available() and torch.cuda.get_device_name(0))
+
+
+def test_speed_is_measured_without_another_process_beside(engine):
+    engine.decoder(Sampling(0.0), num_draft_tokens=2, seed=0)
+    engine.decoder(Sampling(0.0), num_draft_tokens=0, seed=0)
+    assert set(engine._processes) == {0, 2}
+    engine.speed(REQUESTS, Sampling(0.0), num_draft_tokens=2, concurrency=1, seed=0)
+    assert set(engine._processes) == {2}
 
 
 def test_an_engine_that_ends_shows_its_log(tmp_path, monkeypatch):

@@ -1,0 +1,59 @@
+"""The rows of walk.parquet: what the last validation saw of each held-out conversation, at each depth.
+
+The sums of a conversation are kept, not only those of the set, so that two runs can be compared conversation by
+conversation: most of the spread between texts is shared and cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lkspec.files import atomic_path
+
+
+@dataclass(frozen=True)
+class WalkRow:
+    """One held-out conversation at depth k.
+
+    Attributes:
+        conversation: its name.
+        key: 32 hex digits of its tokens (``types.text_key``): what runs are paired by.
+        temperature: at which the target wrote it.
+        steps: optimiser steps taken before.
+        depth: k.
+        num_tokens: tokens supervised at depth k.
+        alpha: sum of the acceptance rate over them.
+        rounds, accepted: expected ones of the walk with rounds of k drafted tokens; 0 where the answer is too short.
+        at_least: expected rounds, of the walk with the largest k, that accept at least k tokens.
+    """
+
+    conversation: str
+    key: str
+    temperature: float
+    steps: int
+    depth: int
+    num_tokens: int
+    alpha: float
+    rounds: float
+    accepted: float
+    at_least: float
+
+
+_TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
+_SCHEMA = pa.schema([(field.name, _TYPES[str(field.type)]) for field in fields(WalkRow)])
+
+
+def write_walk_rows(path: Path, rows: Sequence[WalkRow]) -> None:
+    """Replaces a walk.parquet."""
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.Table.from_pylist([vars(row) for row in rows], schema=_SCHEMA), temporary)
+
+
+def read_walk_table(path: Path) -> pa.Table:
+    """A walk.parquet, a column a field of ``WalkRow``."""
+    return pq.read_table(path, schema=_SCHEMA)
