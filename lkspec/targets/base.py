@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -65,6 +66,10 @@ class Target(Protocol):
 
     def new_cache(self, num_rows: int) -> PositionCache:
         """An empty cache for ``step``."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes it to a new folder that engines load."""
         ...
 
     def step(self, tokens: Int[Tensor, "B S"], positions: Int[Tensor, "B S"], cache: PositionCache) -> TargetStates:

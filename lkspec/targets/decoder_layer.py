@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lkspec.attention import attend
+from lkspec.attention import Unrolled, attend
 
 ATTENTION = "lkspec"  # the name under which transformers' layers find the attention below
 
@@ -18,8 +18,8 @@ ATTENTION = "lkspec"  # the name under which transformers' layers find the atten
 class StandaloneLayer(nn.Module):
     """A decoder layer with its rotary embedding, trainable in float32.
 
-    Its attention takes keys beyond the mask's columns as keys of each query's own: ``cache.update`` may return the keys
-    of S slots once more for every depth of the training-time test (see ``lkspec.attention``).
+    In the training-time test one ``lkspec.attention.Unrolled`` is its mask and its cache. With a tensor as the mask,
+    keys beyond its columns are keys of each query's own, S slots a depth.
 
     Args:
         decoder: the model's stack of layers.
@@ -50,7 +50,7 @@ class StandaloneLayer(nn.Module):
         self,
         hidden: Float[Tensor, "B S H"],
         positions: Int[Tensor, "B S"],
-        mask: Bool[Tensor, "B 1 S L"],
+        mask: Bool[Tensor, "B 1 S L"] | Unrolled,
         cache: Any,
     ) -> Float[Tensor, "B S H"]:
         """The layer's output; keys and values go through ``cache.update``."""
@@ -69,7 +69,7 @@ def _attention(
     query: Float[Tensor, "B N S E"],
     key: Float[Tensor, "B M L E"],
     value: Float[Tensor, "B M L F"],
-    attention_mask: Bool[Tensor, "B 1 S L"],
+    attention_mask: Bool[Tensor, "B 1 S L"] | Unrolled,
     *,
     scaling: float,
     dropout: float = 0.0,
@@ -78,11 +78,14 @@ def _attention(
     **_: object,
 ) -> tuple[Float[Tensor, "B S N F"], None]:
     """transformers' attention interface over ``attend``; released chat models use no attention dropout."""
+    options: dict[str, Any] = {"scaling": scaling, "soft_cap": softcap, "sinks": s_aux}
+    if isinstance(attention_mask, Unrolled):
+        return attention_mask.attend(query, key, value, **options).transpose(1, 2), None
     num_keys, num_queries = attention_mask.shape[-1], query.shape[2]
     sizes = [num_keys, *[num_queries] * ((key.shape[2] - num_keys) // num_queries)]
     (keys, *own_keys), (values, *own_values) = key.split(sizes, dim=2), value.split(sizes, dim=2)
     own = tuple(zip(own_keys, own_values, strict=True))
-    mixed = attend(query, keys, values, attention_mask, own, scaling=scaling, soft_cap=softcap, sinks=s_aux)
+    mixed = attend(query, keys, values, attention_mask, own, **options)
     return mixed.transpose(1, 2), None
 
 

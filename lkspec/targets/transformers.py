@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from lkspec.files import atomic_dir
 from lkspec.kv_cache import PositionCache
 from lkspec.targets.base import MIN_LAYERS_FOR_DEFAULT_AUX, default_aux_layer_ids
 from lkspec.targets.decoder_layer import StandaloneLayer
@@ -75,6 +76,19 @@ class TransformersTarget:
         target = cls.__new__(cls)
         target._init_from(model, tokenizer, name=name, aux_layer_ids=aux_layer_ids, device=device)
         return target
+
+    def save(self, folder: Path) -> None:
+        """Writes it as a folder that transformers and engines load (config, weights in its dtype, tokenizer), whole or
+        not at all.
+
+        Raises:
+            ValueError: something is there already.
+        """
+        if folder.exists():
+            raise ValueError(f"{folder}: expected a new place for {self.name}, there is something already")
+        with atomic_dir(folder) as temporary:
+            self.model.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
 
     def _init_from(
         self,

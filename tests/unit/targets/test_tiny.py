@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from target_batches import KINDS, padded, random_tokens
 
 from lkspec.targets.tiny import TinyTarget, byte_tokenizer
+from lkspec.targets.transformers import TransformersTarget
 
 TOKENIZER = byte_tokenizer()
 
@@ -75,3 +76,24 @@ def test_unknown_kind():
 def test_vocabulary_smaller_than_the_tokenizer():
     with pytest.raises(ValueError, match="at least 259, got 256"):
         TinyTarget(vocab_size=256)
+
+
+def test_saved_and_loaded_it_is_the_same_target(tmp_path):
+    made = TinyTarget(num_layers=4, aux_layer_ids=(1, 2, 3), device="cpu")
+    made.save(tmp_path / "target")
+    loaded = TransformersTarget(str(tmp_path / "target"), aux_layer_ids=(1, 2, 3), device="cpu")
+    assert (made.source, loaded.source) == (None, str(tmp_path / "target"))
+    for name in ("fingerprint", "eos_ids", "special_ids", "max_positions", "dtype"):
+        assert getattr(loaded, name) == getattr(made, name), name
+    batch = padded(random_tokens(2, 12))
+    assert loaded.head.logits(loaded.states(batch).last).equal(made.head.logits(made.states(batch).last))
+    messages = [{"role": "user", "content": "Grüße"}]
+    texts = [target.tokenizer.apply_chat_template(messages, tokenize=False) for target in (made, loaded)]
+    assert texts[0] == texts[1]
+    assert loaded.tokenizer.encode(texts[1]) == made.tokenizer.encode(texts[0])
+
+
+def test_saving_leaves_what_is_there_alone(tiny_target, tmp_path):
+    with pytest.raises(ValueError, match=r"expected a new place for tiny_llama, there is something already"):
+        tiny_target.save(tmp_path)
+    assert not list(tmp_path.iterdir())
