@@ -416,7 +416,7 @@ class Training:
         mask = self.batch.depth_mask(self.draft.num_depths)
         counts = mask.sum((1, 2))
         promised = None
-        if not objective.uses_mean_alpha:
+        if not objective.reads_whole_batch:
             weights = depth_weights(len(mask)).to(self.device) / counts
             promised = InForward(lambda stats: objective.values(stats, weights[:1]), weights)
         with torch.autocast(self.device.type, BF16):

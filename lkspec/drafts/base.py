@@ -3,16 +3,48 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from lkspec.attention import check_kernel
 from lkspec.kv_cache import PositionCache
 from lkspec.types import Batch, DraftSampler, FreshStates, LinearHead, TargetStates
 from lkspec.vocab import DraftVocab
+
+
+@dataclass(frozen=True)
+class UnrollOptions:
+    """How ``unroll`` runs; what it computes is the same up to rounding.
+
+    Attributes:
+        compile: all but the attention goes through torch.compile (minutes at first; on CPUs it needs a C++ compiler).
+        checkpoint: only each depth's results are kept, and backward computes the depth again: less memory, more time.
+        attention: kernel of the attention over anchors, see ``lkspec.attention.check_kernel``.
+
+    Raises:
+        ValueError: an attention kernel that is unknown or not installed; compile or checkpoint that is not a bool.
+    """
+
+    compile: bool = False
+    checkpoint: bool = False
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("compile", "checkpoint"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"unroll.{name}: expected true or false, got {getattr(self, name)!r}")
+        try:
+            check_kernel(self.attention)
+        except ValueError as error:
+            raise ValueError(f"unroll.attention: {error}") from None
 
 
 class Draft(nn.Module):
@@ -25,8 +57,10 @@ class Draft(nn.Module):
         paper_eta: eta of ``lk_lambda`` that the paper uses for this architecture.
         served_by: which engines serve this draft with this target today.
         full_vocabulary: whether its usual draft vocabulary is the target's.
+        unroll_options: how ``unroll`` runs.
     """
 
+    unroll_options: UnrollOptions = UnrollOptions()
     full_vocabulary: ClassVar[bool] = False
     served_by: str = "research only: no engine is known to serve this draft"
 
@@ -61,6 +95,16 @@ class Draft(nn.Module):
 
         ``sample`` is called once a depth, in order, with that depth's draft logits.
         """
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A part of ``unroll``, compiled if the options say so."""
+        return torch.compile(function) if self.unroll_options.compile else function
+
+    def checkpointed(self, depth: Callable[..., Any]) -> Callable[..., Any]:
+        """A depth of ``unroll``, a function of tensors alone, computed again in backward if the options say so."""
+        if not (self.unroll_options.checkpoint and torch.is_grad_enabled()):
+            return depth
+        return partial(checkpoint, depth, use_reentrant=False, preserve_rng_state=False)
 
     def freeze(self, patterns: Sequence[str]) -> None:
         """Leaves the parameters whose names match a pattern (``*`` is anything) as they are.

@@ -7,13 +7,26 @@ then this anchor's own depths 2..k; RoPE position t + k - 1. Parameters carry th
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lkspec.attention import attend
+from lkspec.attention import CausalMask, Own, Unrolled, attend
 from lkspec.drafts.base import Draft
-from lkspec.drafts.layers import INIT_STD, GatedMLP, Rope, init_head, linear, shifted, visible_anchors
+from lkspec.drafts.layers import (
+    INIT_STD,
+    GatedDown,
+    GatedMLP,
+    RMSNorm,
+    Rope,
+    as_multiplied,
+    init_head,
+    linear,
+    rotate,
+    visible_anchors,
+)
 from lkspec.kv_cache import PositionCache
 from lkspec.types import Batch, DecoderDims, DraftSampler, FreshStates, LinearHead, TargetSpec, TargetStates
 from lkspec.vocab import DraftVocab
@@ -59,7 +72,7 @@ class Eagle3(Draft):
         self.register_buffer("embedding", spec.embedding, persistent=False)
         self.fc = linear(spec.num_aux * dims.hidden_size, dims.hidden_size)
         self.midlayer = _FusedLayer(dims, norm_before_residual=norm_before_residual)
-        self.norm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
         self.lm_head = nn.Linear(dims.hidden_size, vocab.size, bias=False)
         init_head(self.lm_head.weight, spec, vocab, head_init, std=INIT_STD)
         if head_init == "target":
@@ -76,21 +89,37 @@ class Eagle3(Draft):
         return LinearHead(weight=self.lm_head.weight)
 
     def unroll(self, batch: Batch, states: TargetStates, num_depths: int | None = None) -> Float[Tensor, "K B T H"]:
+        num_depths = num_depths or self.num_depths
         hidden = self.fc(states.aux.to(self.fc.weight.dtype))
-        visible = visible_anchors(batch)
-        causal: tuple[Tensor, Tensor] | None = None
-        own: tuple[tuple[Tensor, Tensor], ...] = ()
+        visible = visible_anchors(batch, self.unroll_options)
+        weights = self.midlayer.weights()
+        # Depth k reads x_{t+k}: what depends on the token alone is computed once, and moved.
+        of_tokens = nn.functional.pad(
+            self.midlayer.of_tokens(self._embed(batch.tokens), weights), (0, 0, 0, num_depths)
+        )
+        step = self.checkpointed(self._depth)
+        entries: Own = ()
         outputs = []
-        for depth in range(1, (num_depths or self.num_depths) + 1):
-            embedded = self._embed(shifted(batch.tokens, depth))
-            queries, keys, values = self.midlayer.project(embedded, hidden, batch.positions + depth - 1)
-            if causal is None:
-                causal = (keys, values)
-            else:
-                own = (*own, (keys, values))
-            hidden = self.midlayer.finish(hidden, attend(queries, *causal, visible, own))
-            outputs.append(self.norm(hidden))
+        for depth in range(1, num_depths + 1):
+            read = of_tokens[:, depth : depth + hidden.shape[1]]
+            hidden, output, entry = step(hidden, read, batch.positions + depth - 1, weights, visible, entries)
+            entries = (*entries, entry)
+            outputs.append(output)
         return torch.stack(outputs)
+
+    def _depth(
+        self,
+        hidden: Float[Tensor, "B T H"],
+        of_tokens: Float[Tensor, "B T QKV"],
+        positions: Int[Tensor, "B T"],
+        weights: _Weights,
+        visible: CausalMask,
+        entries: Own,
+    ) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "B T H"], tuple[Tensor, Tensor]]:
+        """What the next depth reads, what the head does, and keys and values for later depths."""
+        unrolled = Unrolled(visible, entries)
+        hidden = self.compiled(self.midlayer.unrolled)(hidden, of_tokens, positions, weights, unrolled)
+        return hidden, self.norm(hidden), unrolled.entries[-1]
 
     def observe(self, cache: PositionCache, fresh: FreshStates) -> Float[Tensor, "B S H"]:
         hidden = self.fc(fresh.states.aux.to(self.fc.weight.dtype))
@@ -128,6 +157,15 @@ def _served_by(model_type: str) -> str:
     return f"vLLM and SGLang serve EAGLE-3, but for {model_type} targets only if your version lists them"
 
 
+class _Weights(NamedTuple):
+    """Weights of the layer; those that read the same input lie below one another."""
+
+    of_tokens: Float[Tensor, "QKV H"]
+    of_hidden: Float[Tensor, "QKV H"]
+    gate_up: Float[Tensor, "FF H"]
+    down: Float[Tensor, "H F"]
+
+
 class _FusedLayer(nn.Module):
     """A Llama decoder layer whose attention reads concat(input_layernorm(embedding), hidden_norm(h))."""
 
@@ -135,9 +173,9 @@ class _FusedLayer(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = dims.num_heads, dims.num_kv_heads, dims.head_dim
         self.norm_before_residual = norm_before_residual
-        self.input_layernorm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
-        self.hidden_norm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.input_layernorm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.hidden_norm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(dims.hidden_size, eps=dims.rms_norm_eps)
         self.self_attn = nn.ModuleDict(
             {
                 "q_proj": linear(2 * dims.hidden_size, dims.num_heads * dims.head_dim),
@@ -157,7 +195,39 @@ class _FusedLayer(nn.Module):
         queries = self._split(self.self_attn["q_proj"](fused), self.num_heads)
         keys = self._split(self.self_attn["k_proj"](fused), self.num_kv_heads)
         values = self._split(self.self_attn["v_proj"](fused), self.num_kv_heads)
-        return self.rope(queries, positions), self.rope(keys, positions), values
+        rotation = self.rope(positions, queries.dtype)
+        return rotate(queries, rotation), rotate(keys, rotation), values
+
+    def weights(self) -> _Weights:
+        """The layer's weights as ``unroll`` multiplies them."""
+        qkv = torch.cat([self.self_attn.get_parameter(f"{name}_proj.weight") for name in "qkv"])
+        gate_up = torch.cat([self.mlp.gate_proj.weight, self.mlp.up_proj.weight])
+        of_tokens, of_hidden = qkv.chunk(2, dim=1)
+        return _Weights(*(as_multiplied(part) for part in (of_tokens, of_hidden, gate_up, self.mlp.down_proj.weight)))
+
+    def of_tokens(self, embedded: Float[Tensor, "B T H"], weights: _Weights) -> Float[Tensor, "B T QKV"]:
+        """The embeddings' part of queries, keys and values, before RoPE."""
+        return nn.functional.linear(self.input_layernorm(embedded), weights.of_tokens)
+
+    def unrolled(
+        self,
+        hidden: Float[Tensor, "B T H"],
+        of_tokens: Float[Tensor, "B T QKV"],
+        positions: Int[Tensor, "B T"],
+        weights: _Weights,
+        unrolled: Unrolled,
+    ) -> Float[Tensor, "B T H"]:
+        """One depth: ``project``, attention and ``finish`` with fewer, larger products."""
+        normed = self.hidden_norm(hidden)
+        heads = self._split(of_tokens + nn.functional.linear(normed, weights.of_hidden), -1)
+        queries, keys, values = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        rotation = self.rope(positions, heads.dtype)
+        # A copy of the values: a view of them would keep all heads for backward.
+        mixed = unrolled.attend(rotate(queries, rotation), rotate(keys, rotation), values.clone())
+        residual = normed if self.norm_before_residual else hidden
+        hidden = residual + self.self_attn["o_proj"](mixed.transpose(1, 2).flatten(2))
+        gate_up = nn.functional.linear(self.post_attention_layernorm(hidden), weights.gate_up)
+        return hidden + GatedDown.apply(gate_up, weights.down)
 
     def finish(self, hidden: Float[Tensor, "B S H"], mixed: Float[Tensor, "B N S E"]) -> Float[Tensor, "B S H"]:
         """The rest of the layer: output projection, residual and MLP. The result is what the next depth reads."""

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from typing import Any
 
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lkspec.attention import CausalMask
+from lkspec.drafts.base import UnrollOptions
 from lkspec.types import Batch, TargetSpec
 from lkspec.vocab import DraftVocab
 
 INIT_STD = 0.02
+
+Rotation = tuple[Float[Tensor, "B 1 S half"], Float[Tensor, "B 1 S half"]]  # cosine and sine of each angle
 
 
 def linear(num_in: int, num_out: int) -> nn.Linear:
@@ -32,10 +39,71 @@ class GatedMLP(nn.Module):
         return self.down_proj(nn.functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
+class RMSNorm(nn.RMSNorm):
+    """``nn.RMSNorm``, which torch computes in one piece on GPUs; elsewhere it would keep two more tensors an input."""
+
+    def forward(self, hidden: Float[Tensor, "... H"]) -> Float[Tensor, "... H"]:
+        if hidden.is_cuda:
+            return super().forward(hidden)
+        return _Normalised.apply(hidden, self.weight, self.eps)
+
+
+class _Normalised(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight, in at least float32; keeps x and the root's inverse for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Float[Tensor, "... H"], weight: Float[Tensor, " H"], eps: float) -> Tensor:
+        exact = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        inverse = (exact.square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(hidden, weight, inverse)
+        return (exact * inverse).mul_(weight).to(hidden.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Float[Tensor, "... H"]) -> tuple[Tensor | None, ...]:
+        hidden, weight, inverse = ctx.saved_tensors
+        normalised = hidden * inverse
+        along = normalised * gradient
+        d_weight = along.flatten(0, -2).sum(0).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, d_weight, None
+        common = (along @ weight.to(along.dtype))[..., None] / weight.numel()
+        d_hidden = (gradient * weight).addcmul_(normalised, common, value=-1).mul_(inverse)
+        return d_hidden.to(hidden.dtype), d_weight, None
+
+
+class GatedDown(torch.autograd.Function):
+    """down(SiLU(gate) * up), which keeps nothing but gate and up for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Float[Tensor, "... FF"], down: Float[Tensor, "H F"]) -> Float[Tensor, "... H"]:
+        ctx.save_for_backward(gate_up, down)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return nn.functional.linear(nn.functional.silu(gate) * up, down)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Float[Tensor, "... H"]) -> tuple[Tensor, Tensor]:
+        gate_up, down = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        active = nn.functional.silu(gate)
+        d_down = gradient.flatten(0, -2).T @ (active * up).flatten(0, -2)
+        d_product = gradient @ down
+        d_gate = torch.ops.aten.silu_backward(d_product * up, gate)
+        return torch.cat([d_gate, d_product * active], dim=-1), d_down
+
+
+def as_multiplied(weight: Tensor) -> Tensor:
+    """The weight in autocast's type: what is used at several depths is converted, and kept for backward, once."""
+    kind = weight.device.type
+    return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
+
+
 class Rope(nn.Module):
     """Rotary position embedding with the target's frequencies; halves are rotated, as transformers does.
 
-    Frequencies and angles stay in float32 whatever the autocast type.
+    Frequencies and angles stay in float32 whatever the autocast type. ``at`` gives the rotation of positions, which
+    queries and keys share.
     """
 
     inv_freq: Tensor
@@ -45,12 +113,17 @@ class Rope(nn.Module):
         self.register_buffer("inv_freq", inv_freq.float().clone(), persistent=False)
         self.attention_factor = attention_factor
 
-    def forward(self, heads: Float[Tensor, "B N S E"], positions: Int[Tensor, "B S"]) -> Float[Tensor, "B N S E"]:
+    def forward(self, positions: Int[Tensor, "B S"], dtype: torch.dtype) -> Rotation:
+        """The rotation of these positions, for heads of a type."""
         angles = positions[:, None, :, None].float() * self.inv_freq
-        cos = (angles.cos() * self.attention_factor).repeat(1, 1, 1, 2).to(heads.dtype)
-        sin = (angles.sin() * self.attention_factor).repeat(1, 1, 1, 2).to(heads.dtype)
-        first, second = heads.chunk(2, dim=-1)
-        return heads * cos + torch.cat((-second, first), dim=-1) * sin
+        return (angles.cos() * self.attention_factor).to(dtype), (angles.sin() * self.attention_factor).to(dtype)
+
+
+def rotate(heads: Float[Tensor, "B N S E"], rotation: Rotation) -> Float[Tensor, "B N S E"]:
+    """Dimensions i and i + E/2 turned by their angle."""
+    cos, sin = rotation
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 @torch.no_grad()
@@ -76,11 +149,9 @@ def init_head(weight: Float[Tensor, "D H"], spec: TargetSpec, vocab: DraftVocab,
     weight.copy_(head.weight[vocab.ids.to(head.weight.device)] * head.scale)
 
 
-def visible_anchors(batch: Batch) -> Bool[Tensor, "B 1 T T"]:
+def visible_anchors(batch: Batch, options: UnrollOptions, window: int | None = None) -> CausalMask:
     """Anchors of the same conversation, not later than the query's."""
-    same = batch.segments[:, :, None] == batch.segments[:, None, :]
-    slots = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
-    return (same & (slots[:, None] >= slots[None, :]))[:, None]
+    return CausalMask.of(batch.segments, window=window, kernel=options.attention)
 
 
 def shifted(tokens: Int[Tensor, "B T"], offset: int) -> Int[Tensor, "B T"]:

@@ -78,7 +78,7 @@ class Medusa(Draft):
     def _all_depths(self, last: Float[Tensor, "*B H"], num_depths: int) -> Float[Tensor, "K *B H"]:
         self.check_num_draft_tokens(num_depths)
         last = last.to(self.head(1).weight.dtype)
-        return torch.stack([block(last) for block in self.blocks[:num_depths]])
+        return torch.stack([self.checkpointed(self.compiled(block))(last) for block in self.blocks[:num_depths]])
 
 
 class _Blocks(nn.Module):

@@ -107,9 +107,10 @@ class MLPSpeculator(Draft):
         num_depths = num_depths or self.num_depths
         self.check_num_draft_tokens(num_depths)
         state = self._first_state(states.last)
+        step = self.checkpointed(self.compiled(self._next_state))
         outputs = []
         for depth in range(1, num_depths + 1):
-            state = self._next_state(state, shifted(batch.tokens, depth), depth)
+            state = step(state, shifted(batch.tokens, depth), depth)
             outputs.append(state)
         return torch.stack(outputs)
 

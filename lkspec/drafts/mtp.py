@@ -10,14 +10,15 @@ anchor's own depths 2..k; RoPE position t + k - 1. The embedding E and the head 
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from lkspec.attention import CausalMask, Own, Unrolled
 from lkspec.drafts.base import Draft
-from lkspec.drafts.layers import linear, shifted, visible_anchors
+from lkspec.drafts.layers import RMSNorm, linear, shifted, visible_anchors
 from lkspec.kv_cache import PositionCache
 from lkspec.types import Batch, DraftSampler, FreshStates, LinearHead, TargetSpec, TargetStates
 from lkspec.vocab import DraftVocab
@@ -73,7 +74,7 @@ class MTP(Draft):
             else "research only: no engine serves an MTP module for a target of this kind"
         )
         self.zero_first_embedding = spec.model_type == "deepseek_v3"  # as engines do
-        self.enorm, self.hnorm, self.norm = (nn.RMSNorm(size, eps=eps) for _ in range(3))
+        self.enorm, self.hnorm, self.norm = (RMSNorm(size, eps=eps) for _ in range(3))
         self.eh_proj = linear(2 * size, size)
         self.layer = spec.new_layer(layer_init == "target")
         self.window: int | None = self.layer.window  # type: ignore[assignment]  # how many positions a query sees
@@ -104,14 +105,29 @@ class MTP(Draft):
 
     def unroll(self, batch: Batch, states: TargetStates, num_depths: int | None = None) -> Float[Tensor, "K B T H"]:
         hidden = states.last.to(self.eh_proj.weight.dtype)
-        entries = _UnrolledEntries()
+        visible = visible_anchors(batch, self.unroll_options, self.window)
+        step = self.checkpointed(self._depth)
+        entries: Own = ()
         outputs = []
         for depth in range(1, (num_depths or self.num_depths) + 1):
-            positions = batch.positions + depth - 1
-            mask = self._visible(batch, depth)
-            hidden = self._step(shifted(batch.tokens, depth), hidden, positions, mask, entries)
+            tokens, positions = shifted(batch.tokens, depth), batch.positions + depth - 1
+            hidden, entry = step(hidden, tokens, positions, replace(visible, ahead=depth - 1), entries)
+            entries = (*entries, entry)
             outputs.append(hidden)
         return torch.stack(outputs)
+
+    def _depth(
+        self,
+        hidden: Float[Tensor, "B T H"],
+        tokens: Int[Tensor, "B T"],
+        positions: Int[Tensor, "B T"],
+        visible: CausalMask,
+        entries: Own,
+    ) -> tuple[Float[Tensor, "B T H"], tuple[Tensor, Tensor]]:
+        """What the next depth and the head read, and keys and values for later depths."""
+        unrolled = Unrolled(visible, entries)
+        hidden = self.compiled(self._step)(tokens, hidden, positions, unrolled, unrolled)
+        return hidden, unrolled.entries[-1]
 
     def observe(self, cache: PositionCache, fresh: FreshStates) -> Float[Tensor, "B S H"]:
         return self._cached_step(
@@ -142,31 +158,11 @@ class MTP(Draft):
         tokens: Int[Tensor, "B S"],
         hidden: Float[Tensor, "B S H"],
         positions: Int[Tensor, "B S"],
-        mask: Bool[Tensor, "B 1 S L"],
-        cache: Any,
+        mask: Bool[Tensor, "B 1 S L"] | Unrolled,
+        cache: PositionCache | Unrolled,
     ) -> Float[Tensor, "B S H"]:
         embedded = nn.functional.embedding(tokens, self.embedding).to(hidden.dtype)
         if self.zero_first_embedding:
             embedded = embedded.masked_fill((positions == 0)[..., None], 0.0)
         fused = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1))
         return self.norm(self.layer(fused, positions, mask, cache))
-
-    def _visible(self, batch: Batch, depth: int) -> Bool[Tensor, "B 1 T T"]:
-        visible = visible_anchors(batch)
-        if self.window is None:
-            return visible
-        distance = batch.positions[:, :, None] + depth - 1 - batch.positions[:, None, :]
-        return visible & (distance < self.window)[:, None]
-
-
-class _UnrolledEntries:
-    """The layer's cache during ``unroll``: entries of depth 1, then of each later depth, S slots each."""
-
-    def __init__(self) -> None:
-        self._entries: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object) -> tuple[Tensor, Tensor]:
-        """All entries so far, depth after depth."""
-        self._entries.append((keys, values))
-        all_keys, all_values = zip(*self._entries, strict=True)
-        return torch.cat(all_keys, dim=2), torch.cat(all_values, dim=2)
