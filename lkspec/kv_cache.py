@@ -26,6 +26,7 @@ class PositionCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._positions: Tensor | None = None
+        self._rows = torch.empty(0)
         self._limit = 0
         self.is_compileable = False
 
@@ -33,6 +34,7 @@ class PositionCache:
         """Sets the positions that the coming ``update`` calls write."""
         assert positions.shape[0] == self.num_rows, (positions.shape, self.num_rows)
         self._positions = positions
+        self._rows = torch.arange(self.num_rows, device=positions.device)[:, None]
         self._limit = int(positions.max()) + 1
 
     @property
@@ -53,8 +55,10 @@ class PositionCache:
         while len(self.keys) <= layer_idx:
             self.keys.append(keys.new_zeros(0))
             self.values.append(values.new_zeros(0))
-        self.keys[layer_idx] = _write(self.keys[layer_idx], keys, positions, self._limit)
-        self.values[layer_idx] = _write(self.values[layer_idx], values, positions, self._limit)
+        for buffers, new in ((self.keys, keys), (self.values, values)):
+            buffers[layer_idx] = _reserve(buffers[layer_idx], new, self.num_rows, self._limit)
+            # Advanced indices around a slice put the indexed axes first: [B, S, N, E].
+            buffers[layer_idx][self._rows, :, positions] = new.transpose(1, 2)
         return self.keys[layer_idx][:, :, : self._limit], self.values[layer_idx][:, :, : self._limit]
 
     def mask(self, window: int | None = None) -> Bool[Tensor, "B 1 S L"]:
@@ -77,9 +81,19 @@ class PositionCache:
             self.values[layer][row, :, :length] = values[source_row, :, :length]
 
     def keep(self, rows: list[int]) -> None:
-        """Drops all rows but these."""
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
+        """Drops all rows but these, which take the slots 0, 1, .. in the order given."""
+        moved = [(slot, row) for slot, row in enumerate(rows) if slot != row]
+        # A row that comes from behind the last kept slot is not overwritten before it is read: only such rows are
+        # copied then, and the rest of the buffer stays where it is.
+        in_place = all(row >= len(rows) for _, row in moved)
+        for buffers in (self.keys, self.values):
+            for layer, buffer in enumerate(buffers):
+                if not in_place:
+                    buffers[layer] = buffer[rows]
+                    continue
+                for slot, row in moved:
+                    buffer[slot] = buffer[row]
+                buffers[layer] = buffer[: len(rows)]
         self.num_rows = len(rows)
         self._positions = None
 
@@ -93,11 +107,3 @@ def _reserve(buffer: Tensor, like: Tensor, num_rows: int, limit: int) -> Tensor:
     if buffer.ndim == 4:
         grown[:, :, : buffer.shape[2]] = buffer
     return grown
-
-
-def _write(buffer: Tensor, new: Tensor, positions: Tensor, limit: int) -> Tensor:
-    buffer = _reserve(buffer, new, new.shape[0], limit)
-    rows = torch.arange(new.shape[0], device=new.device)[:, None]
-    # Advanced indices around a slice put the indexed axes first: [B, S, N, E].
-    buffer[rows, :, positions] = new.transpose(1, 2)
-    return buffer

@@ -81,13 +81,10 @@ def distribution(
 def invert_cdf(probs: Float[Tensor, "B V"], uniforms: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
     """The token at which the cumulative sum of each row passes u * total; never one of probability zero."""
     cumulative = probs.cumsum(-1)
-    threshold = (uniforms.to(cumulative) * cumulative[:, -1])[:, None]
-    tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
-    if bool((probs.gather(-1, tokens[:, None]) == 0).any()):
-        # u * total can round up to the total itself; the last token with mass is then the right one.
-        positions = torch.arange(probs.shape[-1], device=probs.device)
-        tokens = torch.minimum(tokens, torch.where(probs > 0, positions, -1).amax(-1))
-    return tokens
+    total = cumulative[:, -1]
+    # u * total can round up to the total itself; just below it lies the last token with mass.
+    threshold = torch.minimum(uniforms.to(total) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
 
 
 def row_generator(seed: int, prompt_id: str, turn: int) -> torch.Generator:

@@ -103,6 +103,24 @@ def test_kept_rows_in_the_order_given():
     assert write(cache, [[1]] * 2, [[4.0], [5.0]]).tolist() == [[3, 4], [1, 5]]
 
 
+def test_kept_rows_when_the_last_one_fills_a_gap():
+    cache = PositionCache(4)
+    write(cache, [[0]] * 4, [[1.0], [2.0], [3.0], [4.0]])
+    cache.keep([0, 3, 2])
+    assert write(cache, [[1]] * 3, [[5.0], [6.0], [7.0]]).tolist() == [[1, 5], [4, 6], [3, 7]]
+    cache.keep([0, 1])
+    cache.keep([1])
+    assert write(cache, [[300]], [[8.0]])[0, [0, 1, 300]].tolist() == [4, 6, 8]  # grown after rows went
+
+
+@given(rows=st.lists(st.integers(0, 4), min_size=1, max_size=5, unique=True))
+def test_any_rows_can_be_kept_in_any_order(rows):
+    cache = PositionCache(5)
+    write(cache, [[0]] * 5, [[float(row)] for row in range(5)])
+    cache.keep(rows)
+    assert write(cache, [[1]] * len(rows), [[9.0]] * len(rows)).tolist() == [[row, 9] for row in rows]
+
+
 def test_positions_come_first():
     cache = PositionCache(1)
     with pytest.raises(AssertionError, match="call at"):

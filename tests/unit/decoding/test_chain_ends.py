@@ -19,6 +19,7 @@ from toy_models import (
 )
 
 from lkspec.decoding.chain import BONUS, PREFILL, ChainDecoder, Request
+from lkspec.decoding.sampling import Sampling
 from lkspec.types import Round
 
 
@@ -121,17 +122,32 @@ def test_without_a_draft_there_are_no_rounds() -> None:
         assert completion.rounds == ()
 
 
-def test_slots_are_refilled_and_idle_ones_dropped() -> None:
-    """Ten requests in four slots: four rows while any wait, and fewer once half of them have ended."""
+def test_slots_are_refilled_and_finished_ones_dropped() -> None:
+    """Ten requests in four slots: four rows while any wait, and then only those whose text goes on."""
     target, draft = toy_target(), similar_draft(SOME)
     requests = [Request(f"p{i}", 0, (1, i % V), 4 + 3 * i) for i in range(10)]
-    decode(target, draft, requests, batch_size=4, num_draft_tokens=1)
-    rounds = [width for width in target.widths if width > 1]
-    assert target.widths.count(1) >= 10, "one prefill a request"
-    assert set(rounds) == {4, 2}
+    decode(target, draft, requests, batch_size=4, num_draft_tokens=2)
+    rounds = [rows for rows, width in target.steps if width == 3]
+    assert set(rounds) == {4, 3, 2, 1}
     assert rounds == sorted(rounds, reverse=True)
-    sizes = [width for width in target.widths[4:] if width == 1]
-    assert len(sizes) > 6, "the last row is decoded alone"
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["T0", "T1"])
+@pytest.mark.parametrize("num_draft_tokens", [0, 3])
+def test_one_target_forward_a_round_over_the_batch(num_draft_tokens: int, sampling: Sampling) -> None:
+    """Rows that run together share every forward: as many as the row with the most rounds has, each of K + 1 tokens.
+
+    Beside those only the prompts are read, each once, and nothing of a text is read again.
+    """
+    target, draft = toy_target(), similar_draft(SOME) if num_draft_tokens else None
+    requests = make_requests(12, most_new=30)
+    completions = decode(target, draft, requests, batch_size=12, num_draft_tokens=num_draft_tokens, sampling=sampling)
+    bonus_tokens = [completion.writers.count(BONUS) for completion in completions]
+    num_rounds = [len(c.rounds) if draft else bonus for c, bonus in zip(completions, bonus_tokens, strict=True)]
+    prefills, rounds = target.steps[:12], target.steps[12:]
+    assert prefills == [(1, len(request.tokens)) for request in requests]
+    assert [width for _, width in rounds] == [num_draft_tokens + 1] * max(num_rounds)
+    assert [rows for rows, _ in rounds] == [sum(num > index for num in num_rounds) for index in range(max(num_rounds))]
 
 
 def test_completions_arrive_as_they_finish() -> None:

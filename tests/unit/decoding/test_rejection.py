@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lkspec.decoding.rejection import verify_round
+from lkspec.decoding.rejection import Verdict, verify_greedy, verify_round
 from lkspec.decoding.sampling import Sampling
 from lkspec.types import Proposal
 from lkspec.vocab import DraftVocab
@@ -25,6 +25,11 @@ from lkspec.vocab import DraftVocab
 BISECTIONS = 45
 NUM_GRID = 13
 BELOW_ONE = float(np.nextafter(1.0, 0.0))
+
+
+def verify(proposal: Proposal, target_probs: Tensor, uniforms: Tensor, vocab: DraftVocab) -> Verdict:
+    """``verify_round`` of a target with these distributions: a softmax of their logarithms."""
+    return verify_round(proposal, target_probs.log(), uniforms, vocab, Sampling(temperature=1.0))
 
 
 # --- the law of verify_round, measured ---------------------------------------------------------------------------
@@ -56,7 +61,7 @@ def measured_acceptance(proposal: Proposal, target_probs: Tensor, vocab: DraftVo
 
     def accepted(uniform: Tensor) -> Tensor:
         uniforms[:, depth] = uniform
-        return verify_round(proposal, target_probs, uniforms, vocab).num_accepted > depth
+        return verify(proposal, target_probs, uniforms, vocab).num_accepted > depth
 
     return measure_below(accepted, num_rows).numpy()
 
@@ -70,7 +75,7 @@ def measured_bonus(proposal: Proposal, target_probs: Tensor, vocab: DraftVocab, 
     def at_most(token: int) -> Callable[[Tensor], Tensor]:
         def holds(uniform: Tensor) -> Tensor:
             uniforms[:, -1] = uniform
-            verdict = verify_round(proposal, target_probs, uniforms, vocab)
+            verdict = verify(proposal, target_probs, uniforms, vocab)
             assert (verdict.num_accepted == count).all()
             return verdict.bonus <= token
 
@@ -220,16 +225,24 @@ def one_hot(*ids: int, size: int) -> Tensor:
 def test_one_hot_rows_verify_greedily(drafted: list[int], accepted: int, bonus: int, uniform: float) -> None:
     """The target's argmaxes are 1, 2, 3: the prefix that agrees is accepted, the bonus is the target's own."""
     proposal = Proposal(torch.tensor([drafted]), one_hot(*drafted, size=4))
-    verdict = verify_round(proposal, one_hot(1, 2, 3, size=4), torch.full((1, 3), uniform, dtype=torch.float64), FULL4)
-    assert verdict.num_accepted.tolist() == [accepted]
-    assert verdict.bonus.tolist() == [bonus]
+    by_law = verify(proposal, one_hot(1, 2, 3, size=4), torch.full((1, 3), uniform, dtype=torch.float64), FULL4)
+    greedy = verify_greedy(torch.tensor([drafted]), torch.tensor([[1, 2, 3]]))
+    for verdict in (by_law, greedy):
+        assert verdict.num_accepted.tolist() == [accepted]
+        assert verdict.bonus.tolist() == [bonus]
+
+
+def test_greedy_verification_without_drafts() -> None:
+    verdict = verify_greedy(torch.zeros(2, 0, dtype=torch.int64), torch.tensor([[3], [1]]))
+    assert verdict.num_accepted.tolist() == [0, 0]
+    assert verdict.bonus.tolist() == [3, 1]
 
 
 def test_without_drafts_the_bonus_is_a_sample_of_p() -> None:
     p = torch.tensor([0.25, 0.0, 0.5, 0.25], dtype=torch.float64)
     uniforms = torch.tensor([[0.0], [0.2], [0.25], [0.7], [0.75], [BELOW_ONE]], dtype=torch.float64)
     empty = Proposal(torch.zeros(6, 0, dtype=torch.int64), torch.zeros(6, 0, 4, dtype=torch.float64))
-    verdict = verify_round(empty, p.expand(6, 1, 4), uniforms, FULL4)
+    verdict = verify(empty, p.expand(6, 1, 4), uniforms, FULL4)
     assert verdict.num_accepted.tolist() == [0] * 6
     assert verdict.bonus.tolist() == [0, 0, 2, 2, 3, 3]
 
@@ -240,7 +253,7 @@ def test_a_rejection_without_residual_falls_back_to_p() -> None:
     q = torch.tensor([[[0.0, 0.5 + 1e-15, 0.5 + 1e-15]]], dtype=torch.float64)
     for uniform, expected in [(0.1, 1), (0.9, 2)]:
         uniforms = torch.tensor([[BELOW_ONE, uniform]], dtype=torch.float64)
-        verdict = verify_round(Proposal(torch.tensor([[1]]), q), p, uniforms, DraftVocab.full(3))
+        verdict = verify(Proposal(torch.tensor([[1]]), q), p, uniforms, DraftVocab.full(3))
         assert verdict.num_accepted.tolist() == [0]
         assert verdict.bonus.tolist() == [expected]
 
@@ -253,11 +266,11 @@ def test_rows_are_independent() -> None:
     p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
     tokens = SOME5.to_target(torch.randint(0, 3, (32, 3), generator=generator))
     uniforms = torch.rand(32, 4, generator=generator, dtype=torch.float64)
-    whole = verify_round(Proposal(tokens, q), p, uniforms, SOME5)
+    whole = verify(Proposal(tokens, q), p, uniforms, SOME5)
     assert len(set(whole.num_accepted.tolist())) == 4, "the case should reach every number of accepted tokens"
     for row in range(32):
         one = slice(row, row + 1)
-        alone = verify_round(Proposal(tokens[one], q[one]), p[one], uniforms[one], SOME5)
+        alone = verify(Proposal(tokens[one], q[one]), p[one], uniforms[one], SOME5)
         assert (alone.num_accepted, alone.bonus) == (whole.num_accepted[row], whole.bonus[row])
 
 
@@ -295,7 +308,7 @@ def rounds(draw) -> tuple[Proposal, Tensor, Tensor, DraftVocab]:
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_nothing_impossible_under_p_is_ever_written(case: tuple[Proposal, Tensor, Tensor, DraftVocab]) -> None:
     proposal, target_probs, uniforms, vocab = case
-    verdict = verify_round(proposal, target_probs, uniforms, vocab)
+    verdict = verify(proposal, target_probs, uniforms, vocab)
     num_depths = proposal.tokens.shape[1]
     count, bonus = int(verdict.num_accepted), int(verdict.bonus)
     assert 0 <= count <= num_depths

@@ -44,14 +44,14 @@ class ToyTarget:
         self.table, self.eos_ids, self.max_positions = table, eos_ids, max_positions
         self.vocab_size = table.shape[1]
         self.head = LinearHead(weight=torch.eye(self.vocab_size, dtype=torch.float64))
-        self.widths: list[int] = []  # rows of every step, to see batches shrink
+        self.steps: list[tuple[int, int]] = []  # rows and tokens a row of every forward pass
 
     def new_cache(self, num_rows: int) -> PositionCache:
         return PositionCache(num_rows)
 
     def step(self, tokens: Tensor, positions: Tensor, cache: PositionCache) -> TargetStates:
         assert int(positions.max()) < self.max_positions, "a real model would read past its context"
-        self.widths.append(len(tokens))
+        self.steps.append((tokens.shape[0], tokens.shape[1]))
         contexts = _remember(cache, positions, positions * tokens, len(self.table))
         return TargetStates(aux=contexts[..., None].double(), last=logs(self.table)[contexts])
 
