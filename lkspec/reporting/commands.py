@@ -1,0 +1,93 @@
+"""The commands that fill the missing cells of a table, each once."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lkspec.reporting.held_out import HELD_OUT
+from lkspec.reporting.labels import label, objective_overrides
+from lkspec.reporting.series import Series
+
+# Settings of a measurement: what `lkspec evaluate` (or the end of training) can be asked for.
+_MEASURED = {"benchmark": "benchmark", "temperature": "temperatures", "num_draft_tokens": "num_draft_tokens"}
+_GROUPS = ("draft", "target", "loss", "objective")
+
+
+class Commands:
+    """Collects what is missing; ``texts`` are the commands, numbered from 1 in the order of ``add``."""
+
+    def __init__(self, series: Sequence[Series]) -> None:
+        self._series = series
+        self._evaluations: dict[str, dict[str, list[str]]] = {}
+        self._alone: set[str] = set()
+        self._numbers: dict[str, int] = {}
+        self._trainings: dict[str, str] = {}
+
+    def add(self, place: Mapping[str, str], measure: str) -> tuple[int, ...]:
+        """Numbers of the commands that fill a place, given as key -> label; none when no command can."""
+        recipe = {key: value for key, value in place.items() if key not in (*_MEASURED, "depth", "engine", "value")}
+        trained = {one.run.name: one for one in self._series if _agrees(one, recipe)}
+        if not trained:
+            return (self._train(recipe),)
+        if place.get("benchmark") == HELD_OUT:
+            return ()  # validation belongs to training
+        return tuple(self._evaluate(one, place, measure) for one in trained.values())
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The commands, in the order of their numbers."""
+        return tuple(self._trainings.get(key) or self._evaluation(key) for key in self._numbers)
+
+    def _number(self, key: str) -> int:
+        return self._numbers.setdefault(key, len(self._numbers) + 1)
+
+    def _evaluate(self, series: Series, place: Mapping[str, str], measure: str) -> int:
+        path = str(series.run.path)
+        asked = self._evaluations.setdefault(path, {key: [] for key in _MEASURED})
+        if measure == "speedup":
+            self._alone.add(path)
+        for key, values in asked.items():
+            value = place.get(key) or label(series.get(key))
+            if value not in values and value != HELD_OUT:
+                values.append(value)
+        return self._number(path)
+
+    def _evaluation(self, path: str) -> str:
+        asked = self._evaluations[path]
+        lists = [f"{name}=[{','.join(asked[key])}]" for key, name in _MEASURED.items() if asked[key]]
+        alone = ["batch_size=1"] if path in self._alone else []  # the target is only timed beside single requests
+        return shlex.join(["lkspec", "evaluate", f"run={path}", *lists, *alone])
+
+    def _train(self, recipe: Mapping[str, str]) -> int:
+        key = " ".join(f"{name}={value}" for name, value in sorted(recipe.items()))
+        number = self._number(key)
+        model = max(self._series, key=lambda one: sum(label(one.get(name)) == recipe[name] for name in recipe))
+        overrides = [text for text in model.run.overrides if not text.startswith(("on_existing=", "resume="))]
+        for name, value in recipe.items():
+            if label(model.get(name)) != value:
+                changes = objective_overrides(value) if name == "objective" else [f"{name}={value}"]
+                overrides = _overridden(overrides, changes)
+        seeds = sorted({label(one.get("seed")) for one in self._series})
+        if "seed" not in recipe:
+            overrides = _overridden(overrides, [f"seed={','.join(seeds)}"])
+        sweep = ["-m"] if len(seeds) > 1 and "seed" not in recipe else []
+        self._trainings[key] = shlex.join(["lkspec", "train", *sweep, *overrides])
+        return number
+
+
+def _overridden(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:
+    """Overrides with some keys set anew; a new choice of a group drops what was set inside the old one."""
+    keys = [change.partition("=")[0] for change in changes]
+    dropped = tuple(f"{key}." for key in keys if key in _GROUPS)
+    kept = [
+        text
+        for text in overrides
+        if (key := text.partition("=")[0].lstrip("+~")) not in keys and not (dropped and key.startswith(dropped))
+    ]
+    return [*kept, *changes]
+
+
+def _agrees(series: Series, wanted: Mapping[str, Any]) -> bool:
+    return all(label(series.get(key)) == value for key, value in wanted.items())

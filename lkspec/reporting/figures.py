@@ -1,0 +1,112 @@
+"""Tables as pictures: lines over the last column key, and gains with their intervals.
+
+Figure 1 of the paper (tau over K) is a table whose last column key is ``num_draft_tokens``. A smaller K cannot in
+general be read off the rounds of a larger one: a round that accepted more than K tokens would have ended earlier, and
+the next one would have begun where the longer round was never tried. Cutting is exact only where no round accepted
+more than K, at T = 0 (at T > 0 to look for that is to choose rounds by their outcome). So tau is decoded at each K
+(``num_draft_tokens=[1,2,3,4,5,6,7]``); the walk has every K at once, and along greedy answers it is that decoding
+without the rounds that reach past the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lkspec.figure_style import DPI, GREY, STYLE, WIDTH_INCHES, line_colour, line_marker
+from lkspec.reporting.intervals import Estimate
+from lkspec.reporting.model import OURS, Row, Table
+from lkspec.reporting.renderers.text import column_name
+
+
+def lines_figure(table: Table) -> Figure:
+    """Each row a line over the numbers of the last column key; a panel for every other label of the columns.
+
+    Ours are solid with bars for the intervals, the paper's dashed.
+
+    Raises:
+        ValueError: the last column key is not a number.
+    """
+    key = table.column_keys[-1]
+    try:
+        places = [float(column[-1]) for column in table.columns]
+    except ValueError:
+        raise ValueError(
+            f"a figure draws lines over the last of columns, which must be numbers (num_draft_tokens, depth); "
+            f"{key} has {', '.join(dict.fromkeys(column[-1] for column in table.columns))}"
+        ) from None
+    drawn = [row for row in table.rows if any(cell.estimate is not None for cell in row.cells)]
+    table = replace(table, rows=tuple(drawn))
+    panels = list(dict.fromkeys(column[:-1] for column in table.columns))
+    style: dict[Any, Any] = {**STYLE}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(WIDTH_INCHES, 4.2), dpi=DPI, layout="constrained")
+        grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, panel in zip(grid, panels, strict=True):
+            chosen = [index for index, column in enumerate(table.columns) if column[:-1] == panel]
+            for index, row in enumerate(table.rows):
+                _draw_line(
+                    axes, [places[i] for i in chosen], [row.cells[i].estimate for i in chosen], _look(table, index)
+                )
+            axes.set_title(", ".join(column_name(k, t) for k, t in zip(table.column_keys, panel, strict=False)))
+            axes.set_xticks(sorted({places[i] for i in chosen}))
+            axes.set_xlabel({"num_draft_tokens": "drafted tokens a round, K", "depth": "depth k"}.get(key, key))
+        grid[0].set_ylabel(table.title)
+        handles = [Line2D([], [], label=_name(row), **_look(table, index)) for index, row in enumerate(table.rows)]
+        figure.legend(handles=handles, loc="outside right upper")
+    return figure
+
+
+def _draw_line(axes: Axes, x: Sequence[float], estimates: Sequence[Estimate | None], look: dict[str, Any]) -> None:
+    known = [(place, estimate) for place, estimate in zip(x, estimates, strict=True) if estimate is not None]
+    axes.plot([place for place, _ in known], [estimate.value for _, estimate in known], **look)
+    bars = [(place, e.low, e.high) for place, e in known if math.isfinite(e.low)]
+    if bars:
+        axes.vlines(*zip(*bars, strict=True), color=look["color"], linewidth=1.2)
+
+
+def _look(table: Table, index: int) -> dict[str, Any]:
+    """Colours by the first row key and markers by the others; both by the others where the first has one label."""
+    row = table.rows[index]
+    firsts = list(dict.fromkeys(other.labels[:1] for other in table.rows))
+    rests = list(dict.fromkeys(other.labels[1:] for other in table.rows))
+    marker = rests.index(row.labels[1:])
+    colour = marker if len(firsts) == 1 else firsts.index(row.labels[:1])
+    style = "-" if row.source == OURS else "--"
+    return {"color": line_colour(colour), "marker": line_marker(marker), "linestyle": style}
+
+
+def _name(row: Row) -> str:
+    return ", ".join(row.labels) + ("" if row.source == OURS else " (paper)")
+
+
+def gains_figure(table: Table) -> Figure | None:
+    """Every gain of ours with its interval, a line a cell, a panel a row of the table; None without any."""
+    rows = [row for row in table.rows if row.source == OURS and any(cell.gain is not None for cell in row.cells)]
+    if not rows:
+        return None
+    names = [", ".join(column_name(k, t) for k, t in zip(table.column_keys, c, strict=True)) for c in table.columns]
+    style: dict[Any, Any] = {**STYLE, "axes.grid.axis": "x"}
+    with matplotlib.rc_context(style):
+        height = 0.7 + 0.24 * len(rows) * len(names) + 0.45 * len(rows)
+        figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI / 2, layout="constrained")
+        grid = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+        for index, (axes, row) in enumerate(zip(grid, rows, strict=True)):
+            for place, cell in enumerate(row.cells):
+                if cell.gain is not None:
+                    colour = line_colour(index) if cell.is_resolved else GREY
+                    axes.plot(cell.gain.value, place, marker="o", color=colour)
+                    axes.hlines(place, cell.gain.low, cell.gain.high, color=colour)
+            axes.axvline(0.0, color="#4D4D4D", linewidth=0.8)
+            axes.set_yticks(range(len(names)), names)
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.set_title(", ".join(row.labels), loc="left")
+        grid[-1].set_xlabel("gain over the baseline (coloured: the interval excludes 0)")
+    return figure

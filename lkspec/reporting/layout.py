@@ -1,0 +1,126 @@
+"""What a table shows: which settings are its rows and columns, and which of the runs' series it takes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lkspec.reporting.labels import label, sort_key
+from lkspec.reporting.series import Series
+
+MEAN = "mean"  # the label of a column that averages over the others
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The options of ``lkspec report``; ``conf/report.yaml`` documents each.
+
+    Raises:
+        ValueError: a key in both rows and columns, none of one of them, or values out of range.
+    """
+
+    rows: Sequence[str] = ("draft", "loss")
+    columns: Sequence[str] = ("temperature", "benchmark")
+    value: str | Sequence[str] = "tau"
+    baseline: str | Mapping[str, Any] | None = None
+    mean: str | None = None
+    where: Mapping[str, Any] = field(default_factory=dict)
+    order: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    expect: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    paper: str | None = None
+    confidence: float = 0.95
+    digits: int = 3
+    title: str | None = None
+
+    def __post_init__(self) -> None:
+        twice = set(self.rows) & set(self.columns)
+        if twice or not self.rows or not self.columns:
+            raise ValueError(
+                f"rows={list(self.rows)}, columns={list(self.columns)}: expected at least one key each and none in both"
+            )
+        if self.mean is not None and self.mean not in self.columns:
+            raise ValueError(f"mean={self.mean}: expected one of the columns {list(self.columns)}, or null")
+        for name, keys in (("baseline", self.baseline_keys), ("expect", self.expect)):
+            if unknown := set(keys) - set(self.rows):
+                raise ValueError(f"{name}: expected keys of rows {list(self.rows)}, got {', '.join(sorted(unknown))}")
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"confidence: expected a share between 0 and 1, got {self.confidence}")
+
+    @property
+    def values(self) -> list[str]:
+        """The measures shown."""
+        return [self.value] if isinstance(self.value, str) else list(self.value)
+
+    @property
+    def column_keys(self) -> tuple[str, ...]:
+        """What column labels are values of; the measure comes last where there are several."""
+        return (*self.columns, *(["value"] if len(self.values) > 1 else []))
+
+    @property
+    def baseline_keys(self) -> dict[str, str]:
+        """The labels that make a row the baseline of others: a plain value is one of the last row key."""
+        if self.baseline is None:
+            return {}
+        if not isinstance(self.baseline, Mapping):
+            return {self.rows[-1]: label(self.baseline)}
+        return {key: label(value) for key, value in self.baseline.items()}
+
+    def baseline_of(self, labels: Sequence[str]) -> tuple[str, ...]:
+        """The row that a row is compared with (itself for a baseline)."""
+        return tuple(self.baseline_keys.get(key, text) for key, text in zip(self.rows, labels, strict=True))
+
+    def split(self, column: Sequence[str]) -> tuple[dict[str, str], str, str | None]:
+        """A column's settings, its measure, and the key that it averages over, if any.
+
+        The averaged key is not among the settings.
+        """
+        value = column[-1] if len(self.values) > 1 else self.values[0]
+        place = dict(zip(self.columns, column, strict=False))
+        averaged = self.mean if self.mean is not None and place[self.mean] == MEAN else None
+        return {key: text for key, text in place.items() if key != averaged}, value, averaged
+
+
+def chosen(series: Sequence[Series], layout: Layout, measure: str) -> list[Series]:
+    """The series that ``where`` wants; ``max`` is the largest value of each run (of num_draft_tokens, of steps).
+
+    The walk is known at every K of a run; where nothing asks for one it is the largest.
+
+    Raises:
+        ValueError: a key that nobody knows, or nothing left.
+    """
+    _check_keys(series, layout)
+    left = list(series)
+    asked = "num_draft_tokens" in (*layout.rows, *layout.columns, *layout.where)
+    largest_k = {"num_draft_tokens": "max"} if measure == "walk" and not asked else {}
+    for key, wanted in {**largest_k, **layout.where}.items():
+        if wanted == "max":
+            largest = {one.run.name: max(o.get(key) for o in left if o.run.name == one.run.name) for one in left}
+            left = [one for one in left if one.get(key) == largest[one.run.name]]
+            continue
+        labels = {label(value) for value in ([wanted] if isinstance(wanted, str | int | float) else wanted or [None])}
+        left = [one for one in left if label(_lookup(one, key)) in labels]
+        if series and not left:
+            there = sorted({label(_lookup(one, key)) for one in series}, key=sort_key)
+            raise ValueError(f"where.{key}={label(wanted)} leaves nothing; the runs have {', '.join(there)}")
+    return left
+
+
+def _check_keys(series: Sequence[Series], layout: Layout) -> None:
+    if not series:
+        return
+    known = sorted({key for one in series for key in (*one.settings, *one.config)})
+    protocol = {name for one in series for name in one.settings["protocol"]}
+    for key in (*layout.rows, *layout.columns, *layout.where):
+        if key not in known and not (key in layout.where and key in protocol):
+            near = difflib.get_close_matches(key, known, n=3)
+            raise ValueError(
+                f"{key!r} is neither a setting ({', '.join(series[0].settings)}) nor a key of the runs' configuration"
+                + (f"; did you mean {' or '.join(near)}?" if near else "")
+            )
+
+
+def _lookup(series: Series, key: str) -> Any:
+    found = series.get(key)
+    return series.settings["protocol"].get(key) if found is None else found
