@@ -8,10 +8,12 @@ import sys
 VERBS = {
     "train": "train a draft and measure its acceptance length",
     "evaluate": "measure a finished run by speculative decoding",
+    "duel": "train two objectives alike and say which one gets more accepted",
     "export": "write a draft in the format of vLLM, SGLang, speculators, with a model card",
     "generate": "let the target answer prompts (or write them): training conversations",
     "capture": "write the target's states of a data set, for training to read",
     "inspect": "show what is supervised in a data set",
+    "report": "join many runs into one table: means over seeds, intervals, paired gains",
     "show": "generate with a finished run, coloured by who wrote each token",
 }
 

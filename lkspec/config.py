@@ -25,6 +25,8 @@ from hydra.errors import InstantiationException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
+from lkspec import sweeps
+
 log = logging.getLogger(__name__)
 
 
@@ -59,11 +61,11 @@ def entry_point(
         @functools.wraps(function)
         def task(config: DictConfig) -> Any:
             quiet_libraries()
+            if sweeps.is_job():
+                return sweeps.run_job(functools.partial(function, config), _users_mistake)
             try:
                 return function(config)
-            except MissingMandatoryValue as error:
-                _exit_with(ValueError(f"{error.full_key} has no value yet: give one as {error.full_key}=..."))
-            except (ValueError, InstantiationException) as error:
+            except Exception as error:
                 _exit_with(error)
 
         @functools.wraps(function)
@@ -72,7 +74,14 @@ def entry_point(
             Plugins.instance().register(WorkingDirectorySearchPath)
             if fixed_by_run and "draft=pretrained" not in sys.argv:
                 _refuse_fixed(sys.argv[1:])
-            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(task)()
+            application = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(task)
+            interrupted = True
+            try:
+                application()
+                interrupted = False
+            finally:
+                if status := sweeps.finish(interrupted=interrupted):
+                    sys.exit(status)
 
         return main
 
@@ -147,14 +156,20 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight.*")  # norms under bf16-mixed
 
 
-def _exit_with(error: Exception) -> None:
-    """Prints what a user did wrong without a stack trace (``HYDRA_FULL_ERROR=1`` shows it)."""
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        raise error
+def _users_mistake(error: Exception) -> str | None:
+    """One line about what a user did wrong; None for other errors."""
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has no value yet: give one as {error.full_key}=..."
     cause = error
     while isinstance(cause, InstantiationException) and isinstance(cause.__cause__, Exception):
         cause = cause.__cause__
-    if not isinstance(cause, ValueError) and not isinstance(error, InstantiationException):
+    return str(cause) if isinstance(cause, ValueError) or isinstance(error, InstantiationException) else None
+
+
+def _exit_with(error: Exception) -> None:
+    """Prints what a user did wrong without a stack trace (``HYDRA_FULL_ERROR=1`` shows it)."""
+    mistake = _users_mistake(error)
+    if mistake is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
         raise error
-    print(f"Error: {cause}\n(set HYDRA_FULL_ERROR=1 for the stack trace)", file=sys.stderr)
+    print(f"Error: {mistake}\n(set HYDRA_FULL_ERROR=1 for the stack trace)", file=sys.stderr)
     sys.exit(2)

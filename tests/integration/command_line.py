@@ -112,7 +112,7 @@ def subprocess_cli(*arguments: str, cwd: Path) -> Outcome:
 
 def only_run(root: Path = Path("runs")) -> Path:
     """The one run folder there is."""
-    folders = [path for path in root.iterdir() if path.is_dir()]
+    folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
     assert len(folders) == 1, folders
     return folders[0]
 

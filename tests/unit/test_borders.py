@@ -12,10 +12,12 @@ ROOT = Path(__file__).parents[2]
 LEAVES = {f"lkspec.{name}" for name in ("types", "vocab", "kv_cache", "files", "attention", "tensor_folder")}
 PROTOCOLS = {"lkspec.drafts.base", "lkspec.targets.base"}
 PACKAGES = ("losses", "drafts", "targets", "data", "benchmarks", "decoding")
-VERBS = ("train", "evaluate", "generate", "inspect", "show", "capture", "export.__main__")
+VERBS = ("train", "evaluate", "generate", "inspect", "show", "capture", "duel", "report", "export.__main__")
 ENTRY_POINTS = {f"lkspec.{name}" for name in VERBS}
-MAY_IMPORT_HYDRA = ENTRY_POINTS | {f"lkspec.{name}" for name in ("config", "assemble", "builders", "serving")}
-MAY_IMPORT_LIGHTNING = {"lkspec.module", "lkspec.data.datamodule", "lkspec.train"}
+MAY_IMPORT_HYDRA = ENTRY_POINTS | {
+    f"lkspec.{name}" for name in ("config", "assemble", "builders", "opening", "serving", "sweeps")
+}
+MAY_IMPORT_LIGHTNING = {"lkspec.module", "lkspec.data.datamodule", "lkspec.opening", "lkspec.train"}
 NOT_ARCHITECTURES = {f"lkspec.drafts{name}" for name in ("", ".base", ".layers")}
 
 
