@@ -9,10 +9,10 @@ MODEL := $(VENV)/.model
 export LKSPEC_DATA
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve-env quickstart test test-fast test-serve lint format clean
+.PHONY: help install serve-env quickstart captured duel notebooks bench test test-fast test-serve lint format clean
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 # torch comes first and by its exact version, so that no other package draws in a different build.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -41,6 +41,28 @@ serve-env: $(SERVE)/.installed ## set up .serve-venv with vLLM and speculators, 
 
 quickstart: $(MODEL) ## train a draft for SmolLM2-135M and measure its acceptance length (about 10 minutes)
 	$(BIN)/lkspec train experiment=quickstart on_existing=replace
+
+CAPTURED := captured/smollm2_135m-embedded
+$(CAPTURED)/manifest.json: $(MODEL)
+	$(BIN)/lkspec capture out=$(CAPTURED)
+
+captured: $(CAPTURED)/manifest.json ## the target's states of the embedded set, for ablations and duels (2.1 GB)
+
+# make ablation-loss ARGS='loss=kl,lk_alpha seed=0,1' narrows or extends it; DRY=1 lists jobs and hours, and runs nothing.
+ablation-%: $(CAPTURED)/manifest.json ## ablation-loss, -draft, -eta, -vocab, ...: a sweep of conf/experiment/ablation_*.yaml
+	$(BIN)/lkspec train -m experiment=ablation_$* $(if $(DRY),plan=true) $(ARGS)
+
+BASE ?= kl
+DRAFT ?= mlp
+SEEDS ?= 0,1
+duel: $(CAPTURED)/manifest.json ## LOSS=mine [BASE=kl DRAFT=mlp SEEDS=0,1]: does it get more accepted?
+	$(BIN)/lkspec duel loss=$(LOSS) base=$(BASE) draft=$(DRAFT) seeds=[$(SEEDS)] $(ARGS)
+
+notebooks: $(MODEL) ## execute the notebooks and write them as HTML
+	$(BIN)/python -m lkspec.reporting.notebook notebooks/*.ipynb
+
+bench: $(MODEL) ## benchmarks of loss, training step and decoding (experiments/performance)
+	$(BIN)/python experiments/performance/bench.py
 
 test: $(MODEL) ## all tests
 	$(BIN)/python -m pytest -n 2 -q

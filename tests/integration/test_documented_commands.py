@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from string import Template
 
 import pytest
 import yaml
@@ -41,11 +42,21 @@ def code_blocks(markdown: str) -> str:
     return "\n".join([*fenced, *inline])
 
 
+def with_variables(text: str) -> str:
+    """The text with the shell variables that its own ``export`` lines set."""
+    variables: dict[str, str] = {}
+    for line in re.findall(r"^export (.*)$", text, flags=re.MULTILINE):
+        for name, value in (word.split("=", 1) for word in shlex.split(line, comments=True)):
+            variables[name] = Template(value).safe_substitute(variables)
+    return Template(text).safe_substitute(variables)
+
+
 def documented() -> list[tuple[str, str]]:
     """(where, command) of each."""
     found = []
     for file in README_FILES:
-        found += [(file.relative_to(REPOSITORY).as_posix(), c) for c in commands_in(code_blocks(file.read_text()))]
+        text = with_variables(code_blocks(file.read_text()))
+        found += [(file.relative_to(REPOSITORY).as_posix(), command) for command in commands_in(text)]
     for file in ENTRY_FILES:
         template = yaml.safe_load(file.read_text())["hydra"]["help"]["template"]
         found += [(f"conf/{file.name}", c) for c in commands_in(template)]
@@ -131,4 +142,4 @@ def test_every_verb_has_a_help_text_and_every_group_is_documented():
     for file in sorted(Path(config_dir()).rglob("*.yaml")):
         config = yaml.safe_load(file.read_text()) or {}
         target = config.get("_target_")
-        assert target is None or re.fullmatch(r"(lkspec|lightning|torch)(\.\w+)+", target), file
+        assert target is None or re.fullmatch(r"(lkspec|lightning|torch|hydra_plugins)(\.\w+)+", target), file
