@@ -8,6 +8,7 @@ files (a class and a yaml) in a folder of their own.
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import logging
 import os
@@ -58,15 +59,7 @@ def entry_point(
     """
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        @functools.wraps(function)
-        def task(config: DictConfig) -> Any:
-            quiet_libraries()
-            if sweeps.is_job():
-                return sweeps.run_job(functools.partial(function, config), _users_mistake)
-            try:
-                return function(config)
-            except Exception as error:
-                _exit_with(error)
+        task = _Task(function)
 
         @functools.wraps(function)
         def main() -> None:
@@ -83,9 +76,39 @@ def entry_point(
                 if status := sweeps.finish(interrupted=interrupted):
                     sys.exit(status)
 
+        main.task = task  # type: ignore[attr-defined]
         return main
 
     return decorate
+
+
+class _Task:
+    """What Hydra calls: a function whose errors are reported, as a launcher's other processes can import it.
+
+    Pickled by its place: by its content it would take along all that its module holds, which runs as ``__main__``.
+    """
+
+    def __init__(self, function: Callable[[DictConfig], Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        spec = function.__globals__["__spec__"]
+        self.__module__ = function.__module__ if spec is None else spec.name
+
+    def __call__(self, config: DictConfig) -> Any:
+        quiet_libraries()
+        if sweeps.is_job():
+            return sweeps.run_job(functools.partial(self._function, config), _users_mistake)
+        try:
+            return self._function(config)
+        except Exception as error:
+            _exit_with(error)
+
+    def __reduce__(self) -> tuple[Callable[[str, str], Any], tuple[str, str]]:
+        return _task_at, (self.__module__, self._function.__name__)
+
+
+def _task_at(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name).task
 
 
 def _refuse_fixed(arguments: list[str]) -> None:

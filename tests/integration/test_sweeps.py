@@ -181,7 +181,7 @@ def test_a_duel_says_what_it_can_and_keeps_the_base(lkspec_cli, tmp_path):
     overrides = [
         *("data=jsonl", "data.train=train.jsonl", "data.validation=held_out.jsonl", "data.num_workers=0"),
         *("data.max_tokens=2048", "data.val_fraction=0", "states_dir=null", "vocab.size=null", "data.max_length=1024"),
-        *("trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "callbacks.progress=null"),
+        *("trainer.accelerator=cpu", "+trainer.enable_progress_bar=false", "callbacks.progress=null"),
     ]
     quoted = ",".join(f'"{override}"' for override in overrides)
     parts = ("target=tiny", "target.device=cpu", "draft=mlp", "draft.num_depths=2", f"overrides=[{quoted}]")

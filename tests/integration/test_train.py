@@ -162,7 +162,7 @@ def test_a_second_identical_run_is_refused_replaced_or_skipped(lkspec_cli):
     assert "on_existing=replace" in line
     skipped = lkspec_cli(*arguments, "on_existing=skip")
     assert skipped.code == 0
-    assert "skipped" in skipped.out
+    assert "done: there already (on_existing=skip)" in skipped.out
     assert checkpoint.stat().st_mtime_ns == written
     assert lkspec_cli(*arguments, "on_existing=replace").code == 0
     assert only_run() == run
