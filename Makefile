@@ -68,7 +68,7 @@ test: $(MODEL) ## all tests
 	$(BIN)/python -m pytest -n 2 -q
 
 test-fast: $(MODEL) ## unit tests without the slow ones (under 90 s)
-	$(BIN)/python -m pytest -n 2 -q -m "not slow"
+	$(BIN)/python -m pytest -n 2 -q -m "not slow" tests/unit
 
 test-serve: $(MODEL) $(SERVE)/.installed ## what vLLM and speculators make of our exports (sets up .serve-venv)
 	$(BIN)/python -m pytest -q -m serve

@@ -67,6 +67,8 @@ def entry_point(
             Plugins.instance().register(WorkingDirectorySearchPath)
             if fixed_by_run and "draft=pretrained" not in sys.argv:
                 _refuse_fixed(sys.argv[1:])
+            # Our launchers stand in place of their plugins' own, and fit the same schema.
+            warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
             application = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(task)
             interrupted = True
             try:

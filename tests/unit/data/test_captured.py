@@ -333,6 +333,7 @@ def test_a_damaged_shard_names_itself_and_is_captured_again(folder, tiny_target,
     assert CapturedStates(folder, tiny_target)(PADDED).last.equal(expected.last)
 
 
+@pytest.mark.slow
 def test_every_byte_of_a_shard_is_covered(folder, tiny_target):
     file = shards(folder)[1]
     intact = file.read_bytes()

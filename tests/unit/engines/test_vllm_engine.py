@@ -54,6 +54,7 @@ def test_answers_and_each_prompts_own_counters(engine):
     assert engine.version == "0.0-fake"
 
 
+@pytest.mark.slow
 def test_the_target_alone_runs_beside_the_draft(engine):
     drafting = engine.decoder(Sampling(0.0), num_draft_tokens=2, seed=0)
     alone = engine.decoder(Sampling(0.0), num_draft_tokens=0, seed=0)
@@ -76,6 +77,7 @@ def test_speed_with_requests_under_way_together(engine, concurrency, at_once):
     assert engine.hardware in ("CPU", torch.cuda.is_available() and torch.cuda.get_device_name(0))
 
 
+@pytest.mark.slow
 def test_speed_is_measured_without_another_process_beside(engine):
     engine.decoder(Sampling(0.0), num_draft_tokens=2, seed=0)
     engine.decoder(Sampling(0.0), num_draft_tokens=0, seed=0)
