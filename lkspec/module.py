@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lkspec.acceptance import draft_stats, walk_rows
 from lkspec.drafts.base import Draft
-from lkspec.losses.fused_linear import InForward
-from lkspec.losses.objectives import Objective, depth_weights, masked_sums, reduce_loss
+from lkspec.losses.in_forward import InForward
+from lkspec.losses.objectives import Objective, masked_sums, reduce_loss
 from lkspec.types import Batch, LinearHead, TargetStates, TokenStats
 from lkspec.walk_rows import WalkRow
 
@@ -124,8 +124,7 @@ class SpeculatorModule(LightningModule):
             stats = self.stats(batch.to(self.device), in_forward=in_forward)
             batch_sums = {name: self._summed(value) for name, value in masked_sums(stats).items()}
             mean_alpha = batch_sums["alpha"] / batch_sums["count"].clamp(min=1)
-            values = self.objective.values(stats, mean_alpha) if in_forward is None else stats.row_value
-            assert values is not None
+            values = self.objective.values(stats, mean_alpha) if stats.value is None else stats.value
             loss = reduce_loss(values, stats.mask, counts, self.gamma)
             # DDP averages gradients over ranks; the loss is already divided by the count over all of them.
             self.manual_backward(loss * self.trainer.world_size)
@@ -141,11 +140,9 @@ class SpeculatorModule(LightningModule):
 
     def _in_forward(self, counts: Int[Tensor, " K"]) -> InForward | None:
         """How gradients are formed in the forward pass, where the objective allows it."""
-        if self.objective.reads_whole_batch:
-            return None
-        unknown = torch.full_like(counts, torch.nan, dtype=torch.float32)
-        weights = depth_weights(len(counts), self.gamma).to(counts.device) / counts.clamp(min=1)
-        return InForward(lambda stats: self.objective.values(stats, unknown[:1]), weights)
+        if self.objective.scope == "depth" and self.trainer.world_size > 1:
+            return None  # its mean alpha is that of all ranks
+        return InForward.of(self.objective, counts, self.gamma)
 
     def _refuse_non_finite(self, loss: Tensor, norm: Tensor, batches: list[Batch]) -> None:
         if bool(torch.isfinite(loss)) and bool(torch.isfinite(norm)):

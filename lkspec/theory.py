@@ -62,7 +62,7 @@ def fit_gaussian(objective: Objective) -> GaussianFit:
     alpha is no fixed function: its weights are updated and it is minimised in turn, from KL's side (alpha = 0), as
     training does, until nothing moves.
     """
-    if not objective.reads_whole_batch:
+    if objective.scope == "row":
         return _best_descent(objective, None)
     fit = _best_descent(objective, torch.zeros(1, dtype=torch.float64))
     for _ in range(_MAX_ALTERNATIONS):

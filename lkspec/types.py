@@ -170,6 +170,7 @@ class TokenStats(_Movable):
         hit: 1 where argmax q equals the text's own token (what a walk at T = 0 accepts).
         coverage: target mass inside the draft vocabulary.
         row_value: the value of a form (b) objective, when one was given.
+        value: the objective's value, where its gradient was formed in the forward pass; the others then carry none.
     """
 
     mask: Bool[Tensor, "K B T"]
@@ -181,6 +182,7 @@ class TokenStats(_Movable):
     hit: Float[Tensor, "K B T"]
     coverage: Float[Tensor, "K B T"]
     row_value: Float[Tensor, "K B T"] | None = None
+    value: Float[Tensor, "K B T"] | None = None
 
 
 @dataclass(frozen=True)

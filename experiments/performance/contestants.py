@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lkspec.losses.fused_linear import InForward, fused_token_stats
+from lkspec.losses.fused_linear import fused_token_stats
+from lkspec.losses.in_forward import InForward
 from lkspec.losses.objectives import Objective, depth_weights, reduce_loss
 from lkspec.types import LinearHead
 from lkspec.vocab import DraftVocab
@@ -64,9 +65,7 @@ def make_case(num_rows: int, hidden_size: int, num_target: int, num_draft: int, 
 def fused(case: Case, objective: Objective, *, in_forward: bool) -> Callable[[], Tensor]:
     """The package, as training calls it."""
     counts = case.mask.sum((1, 2))
-    unknown = torch.full((1,), torch.nan)
-    weights = depth_weights(case.num_depths) / counts
-    promised = InForward(lambda stats: objective.values(stats, unknown), weights) if in_forward else None
+    promised = InForward.of(objective, counts) if in_forward else None
     heads, target_head = [LinearHead(case.weight)] * case.num_depths, LinearHead(case.target_weight)
 
     def run() -> Tensor:
@@ -74,11 +73,10 @@ def fused(case: Case, objective: Objective, *, in_forward: bool) -> Callable[[],
             case.hidden, heads, case.target_hidden, target_head, case.vocab, case.tokens, case.mask,
             in_forward=promised, row_value=objective.row_value,
         )  # fmt: skip
-        values = stats.row_value
-        if not in_forward:
+        values = stats.value
+        if values is None:
             mean_alpha = (stats.log_alpha.detach().exp() * case.mask).sum((1, 2)) / counts
             values = objective.values(stats, mean_alpha)
-        assert values is not None
         return reduce_loss(values, case.mask, counts)
 
     return run

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from lkspec.drafts.eagle3 import Eagle3
 from lkspec.losses import fused_rows, fused_triton
 from lkspec.losses.divergences import logit_stats
-from lkspec.losses.fused_linear import InForward, fused_token_stats
+from lkspec.losses.fused_linear import fused_token_stats
 from lkspec.losses.fused_rows import Logits
-from lkspec.losses.objectives import LKAlpha, LKLambda, depth_weights, masked_sums, reduce_loss
+from lkspec.losses.in_forward import InForward
+from lkspec.losses.objectives import LKAlpha, LKLambda, masked_sums, reduce_loss
 from lkspec.losses.scratch import Scratch
 from lkspec.losses.target_filter import TargetFilter
 from lkspec.types import Batch, DecoderDims, LinearHead, TargetSpec, TargetStates
@@ -296,9 +297,6 @@ class LinearCase:
 
     def step(self, *, in_forward: bool) -> None:
         """Forward and backward: lk_alpha in forward, adaptive lk_lambda by recomputation."""
-        weights = depth_weights(len(self.mask)).to(self.counts.device) / self.counts
-        unknown = torch.full_like(weights[:1], torch.nan)
-        promised = InForward(lambda stats: LKAlpha().values(stats, unknown), weights) if in_forward else None
         stats = fused_token_stats(
             self.hidden,
             [LinearHead(self.weight)] * len(self.mask),
@@ -307,7 +305,7 @@ class LinearCase:
             self.vocab,
             self.tokens,
             self.mask,
-            in_forward=promised,
+            in_forward=InForward.of(LKAlpha(), self.counts) if in_forward else None,
         )
         if in_forward:
             assert stats.row_value is not None
@@ -415,22 +413,16 @@ class Training:
         self.optimizer.zero_grad()
         mask = self.batch.depth_mask(self.draft.num_depths)
         counts = mask.sum((1, 2))
-        promised = None
-        if not objective.reads_whole_batch:
-            weights = depth_weights(len(mask)).to(self.device) / counts
-            promised = InForward(lambda stats: objective.values(stats, weights[:1]), weights)
         with torch.autocast(self.device.type, BF16):
             hidden = self.draft.unroll(self.batch, self.states)
             heads = [self.draft.head(depth) for depth in range(1, len(mask) + 1)]
             stats = fused_token_stats(
                 hidden, heads, self.states.last, self.head, self.draft.vocab, self.batch.tokens, mask,
-                in_forward=promised,
+                in_forward=InForward.of(objective, counts),
             )  # fmt: skip
-        if promised is None:
+        values = stats.value
+        if values is None:
             values = objective.values(stats, masked_sums(stats)["alpha"] / counts)
-        else:
-            assert stats.row_value is not None
-            values = stats.row_value
         reduce_loss(values, mask, counts).backward()
         nn.utils.clip_grad_norm_(self.draft.parameters(), 0.5)
         self.optimizer.step()

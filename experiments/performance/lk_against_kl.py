@@ -13,8 +13,8 @@ from measuring import MIB, interleaved_seconds, peak_bytes, print_table, write_c
 
 from lkspec.acceptance import draft_stats
 from lkspec.drafts.eagle3 import Eagle3
-from lkspec.losses.fused_linear import InForward
-from lkspec.losses.objectives import KL, LKAlpha, LKLambda, Objective, depth_weights, masked_sums, reduce_loss
+from lkspec.losses.in_forward import InForward
+from lkspec.losses.objectives import KL, LKAlpha, LKLambda, Objective, masked_sums, reduce_loss
 from lkspec.types import Batch, DecoderDims, LinearHead, TargetSpec, TargetStates
 from lkspec.vocab import DraftVocab
 
@@ -30,6 +30,7 @@ def main() -> None:
         "kl, recompute": step(draft, batch, states, head, KL(), in_forward=False),
         "lk_lambda, recompute": step(draft, batch, states, head, LKLambda(), in_forward=False),
         "kl, in forward": step(draft, batch, states, head, KL(), in_forward=True),
+        "lk_lambda, in forward": step(draft, batch, states, head, LKLambda(), in_forward=True),
         "lk_alpha, in forward": step(draft, batch, states, head, LKAlpha(), in_forward=True),
         "lk_lambda fixed, in forward": step(draft, batch, states, head, LKLambda(fixed_lambda=0.5), in_forward=True),
     }
@@ -90,16 +91,14 @@ def step(
     parameters = [parameter for parameter in draft.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
     counts = batch.depth_mask(NUM_DEPTHS).sum((1, 2))
-    unknown = torch.full((1,), torch.nan)
-    weights = depth_weights(NUM_DEPTHS) / counts
-    promised = InForward(lambda stats: objective.values(stats, unknown), weights) if in_forward else None
+    promised = InForward.of(objective, counts) if in_forward else None
 
     def run() -> None:
         optimizer.zero_grad()
         stats = draft_stats(draft, batch, states, head, in_forward=promised)
         sums = masked_sums(stats)
-        values = stats.row_value if in_forward else objective.values(stats, sums["alpha"] / sums["count"])
-        assert values is not None
+        values = objective.values(stats, sums["alpha"] / sums["count"]) if stats.value is None else stats.value
+        assert (stats.value is not None) == in_forward
         reduce_loss(values, stats.mask, counts).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.5)
         optimizer.step()

@@ -27,8 +27,8 @@ from torch import Tensor
 from lkspec.acceptance import draft_stats
 from lkspec.drafts.base import UnrollOptions
 from lkspec.drafts.eagle3 import Eagle3
-from lkspec.losses.fused_linear import InForward
-from lkspec.losses.objectives import KL, LKLambda, Objective, depth_weights, masked_sums, reduce_loss
+from lkspec.losses.in_forward import InForward
+from lkspec.losses.objectives import KL, LKLambda, Objective, masked_sums, reduce_loss
 from lkspec.types import Batch, DecoderDims, LinearHead, TargetSpec, TargetStates
 from lkspec.vocab import DraftVocab
 
@@ -70,12 +70,10 @@ class Case:
         """Forward and backward, as ``SpeculatorModule.training_step`` runs them."""
         self.draft.zero_grad(set_to_none=True)
         objective, mask = OBJECTIVES[name], self.batch.depth_mask(K)
-        counts, in_forward = mask.sum((1, 2)), None
-        if not objective.reads_whole_batch:
-            unknown = torch.full((1,), torch.nan)
-            in_forward = InForward(lambda stats: objective.values(stats, unknown), depth_weights(K, GAMMA) / counts)
+        counts = mask.sum((1, 2))
+        in_forward = InForward.of(objective, counts, GAMMA)
         stats = draft_stats(self.draft, self.batch, self.states, self.target_head, in_forward=in_forward)
-        values = stats.row_value
+        values = stats.value
         if values is None:
             sums = masked_sums(stats)
             values = objective.values(stats, sums["alpha"] / sums["count"])

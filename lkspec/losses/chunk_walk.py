@@ -20,20 +20,23 @@ from lkspec.losses.target_filter import TargetFilter
 from lkspec.types import LinearHead
 from lkspec.vocab import DraftVocab
 
-_CPU_BYTES, _CPU_ROWS = 80 * 2**20, (256, 1024)
+_CPU_BYTES, _CPU_ROWS = 96 * 2**20, (256, 1024)
+_PIECE_BYTES, _PIECE_COLUMNS = 4 * 2**20, 1024  # of the target's logits that are read piece by piece, in a cache
 _GPU_PAIRS, _GPU_ROWS = 4096, (512, 4096)
 
 
-def chunk_rows(vocab: DraftVocab, num_depths: int, device: torch.device) -> int:
+def chunk_rows(vocab: DraftVocab, num_depths: int, device: torch.device, *, filtered: bool = False) -> int:
     """Target rows of a chunk. Products want many (each chunk reads a head, and its gradient twice), memory wants few.
 
-    On a CPU, what 80 MiB of float32 logits hold, but at least 256 rows, below which products slow
-    down, and at most 1,024, above which they gain nothing; depths follow one another, so K does not matter. On a GPU a
-    product takes all depths that share a head, so rows are counted over depths: 4,096 of them, and at least 512 of the
-    target's.
+    On a CPU, what 96 MiB of float32 hold, but at least 256 rows, below which products slow down, and at most 1,024,
+    above which they gain nothing. A row holds the logits of one depth, log p~, p where several depths read it, and if a
+    filter has to see them, the target's logits. On a GPU a product takes all depths that share a head, so rows are
+    counted over depths: 4,096 of them, and at least 512 of the target's.
     """
     if not products_span_depths(device):
-        width = 2 * vocab.size + (0 if vocab.is_full else vocab.target_size)
+        width = (2 if num_depths == 1 else 3) * vocab.size + (
+            vocab.target_size if filtered and not vocab.is_full else 0
+        )
         return min(max(_CPU_BYTES // (4 * width), _CPU_ROWS[0]), _CPU_ROWS[1])
     return min(max(-(-_GPU_PAIRS // num_depths), _GPU_ROWS[0]), _GPU_ROWS[1])
 
@@ -78,11 +81,15 @@ class ChunkWalk:
             dtype = torch.promote_types(dtype, self.autocast_dtype or head.weight.dtype)
         return dtype
 
+    @property
+    def num_chunks(self) -> int:
+        """0 where no row is needed."""
+        return -(-len(self.served.rows) // self.chunk_size)
+
     def chunks(self) -> Iterator[slice]:
         """Slices of the target rows, of equal length but for the last."""
         num_rows = len(self.served.rows)
-        num_chunks = -(-num_rows // self.chunk_size)
-        length = -(-num_rows // max(num_chunks, 1))
+        length = -(-num_rows // max(self.num_chunks, 1))
         for begin in range(0, num_rows, max(length, 1)):
             yield slice(begin, min(begin + length, num_rows))
 
@@ -130,6 +137,17 @@ class ChunkPass:
         hidden = self._flat_target[self._walk.served.rows[rows]]
         product = self._product("target_product", hidden.to(self._target_head.weight.dtype), self._target_head)
         return Logits(product, self._target_head, self._walk.temperature)
+
+    def target_pieces(self, rows: slice) -> Iterator[tuple[slice, Logits]]:
+        """The same over slices of the vocabulary, each valid until the next is asked for."""
+        head, temperature = self._target_head, self._walk.temperature
+        hidden = self._flat_target[self._walk.served.rows[rows]].to(head.weight.dtype)
+        width = max(_PIECE_COLUMNS, _PIECE_BYTES // (4 * len(hidden)))
+        for begin in range(0, len(head.weight), width):
+            columns = slice(begin, min(begin + width, len(head.weight)))
+            bias = None if head.bias is None else head.bias[columns]
+            piece = replace(head, weight=head.weight[columns], bias=bias)
+            yield columns, Logits(self._product("target_product", hidden, piece), piece, temperature)
 
     def draft_logits(self, rows: slice, gradients: HeadGradients | None) -> Iterator[tuple[int, Logits]]:
         """The draft's logits of a chunk at each depth (from 0), valid until the next is asked for.

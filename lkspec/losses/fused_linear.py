@@ -7,7 +7,8 @@ for all K depths. Two ways to the gradient, the same numbers:
 - *recompute*: forward keeps a few numbers of each row; backward computes a chunk's draft logits and the target's draft
   columns again, and forms d/dz from d loss / d kl, d reverse_kl and d log_alpha.
 - *in forward*: where an objective's value is a function of the row alone and the weight of each depth is known, d/dz is
-  formed while the logits are there, and backward only scales.
+  formed while the logits are there, and backward only scales. A value that depends on the mean alpha of its depth as
+  well allows this where a single chunk holds all rows.
 
 Products with heads are here; what happens to a chunk's logits between them is in ``fused_rows``, and on a GPU in
 ``fused_triton``.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -28,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lkspec.losses import fused_rows
-from lkspec.losses.chunk_walk import ChunkPass, ChunkWalk, chunk_rows
+from lkspec.losses.chunk_walk import ChunkPass, ChunkWalk, chunk_rows, products_span_depths
 from lkspec.losses.divergences import RowValue, check_arguments
 from lkspec.losses.head_gradients import HeadGradients
 from lkspec.losses.in_forward import InForward
@@ -64,15 +66,16 @@ def fused_token_stats(
         temperature, top_k, top_p: as in ``token_stats``; backward filters again.
         row_value: a form (b) objective; its values, ``TokenStats.row_value``, carry gradients too. Its own arithmetic
             runs under autograd, a cache's worth of rows at a time.
-        in_forward: forms this objective's gradient at once; its values are then ``TokenStats.row_value``, and the other
-            statistics carry no gradient.
+        in_forward: forms this objective's gradient at once, if it can; its values are then ``TokenStats.value``, and
+            the other statistics carry no gradient.
         chunk_size: target rows a chunk; None derives it from a memory budget, see ``chunk_rows``.
 
     Raises:
         ValueError: as ``token_stats``.
     """
     if chunk_size is None:
-        chunk_size = chunk_rows(vocab, len(heads), hidden.device)
+        filtered = TargetFilter(top_k, top_p).is_on
+        chunk_size = chunk_rows(vocab, len(heads), hidden.device, filtered=filtered)
     check_arguments(hidden, heads, chunk_size, temperature)
     walk = ChunkWalk(
         heads=tuple(heads),
@@ -87,6 +90,8 @@ def fused_token_stats(
         autocast_dtype=_autocast_dtype(hidden),
         learns=torch.is_grad_enabled(),
     )
+    if in_forward is not None and in_forward.reads_mean_alpha and walk.num_chunks > 1:
+        walk = replace(walk, in_forward=None)
     rows = _FusedStats.apply(walk, hidden, target_hidden, tokens, *walk.parameters)
     placed = {name: walk.served.place(value, mask) for name, value in zip(_names(walk), rows, strict=True)}
     return TokenStats(mask=mask, **placed)
@@ -116,13 +121,14 @@ def _has_triton() -> bool:
 
 def _names(walk: ChunkWalk) -> tuple[str, ...]:
     """The statistics in the order of the function's outputs."""
-    return _STATS if walk.in_forward is None and walk.row_value is None else (*_STATS, "row_value")
+    form_b = () if walk.row_value is None else ("row_value",)
+    return (*_STATS, *form_b) if walk.in_forward is None else (*_STATS, *form_b, "value")
 
 
 def _differentiable(walk: ChunkWalk) -> tuple[str, ...]:
     """Those that carry gradients."""
     if walk.in_forward is not None:
-        return ("row_value",)
+        return ("value",)
     return _DIFFERENTIABLE if walk.row_value is None else (*_DIFFERENTIABLE, "row_value")
 
 
@@ -146,16 +152,18 @@ class _FusedStats(torch.autograd.Function):
             on_rows = row_functions(walk, hidden.device)
             run = ChunkPass(walk, hidden, target_hidden, columns=False)
             for rows in walk.chunks():
-                target = on_rows.read_target(run.target_logits(rows), walk.vocab, walk.target_filter, run.scratch)
+                target = _read_target(on_rows, walk, run, rows)
                 log_coverage[rows] = target.log_coverage
                 text = tokens.flatten()[walk.served.rows[rows] + 1]
                 for depth, logits in run.draft_logits(rows, gradients):
-                    stats = on_rows.row_stats(logits, target, text, walk.vocab, run.scratch, walk.row_value)
+                    stats = on_rows.row_stats(
+                        logits, target, text, walk.vocab, run.scratch, walk.row_value, leave_probs=gradients is not None
+                    )
                     if walk.in_forward is not None:
                         values, slopes = walk.in_forward.slopes(stats, depth, walk.served.needed[depth, rows])
                         if gradients is not None:
                             on_rows.d_logits(logits, target, stats, slopes, run.scratch, walk.row_value)
-                        stats["row_value"] = values
+                        stats["value"] = values
                     for name in names:
                         results[name][depth, rows] = stats[name]
         ctx.walk, ctx.gradients = walk, gradients
@@ -171,24 +179,35 @@ class _FusedStats(torch.autograd.Function):
         walk: ChunkWalk = ctx.walk
         by_name = {name: slope for name, slope in zip(_names(walk), upstream, strict=True) if slope is not None}
         if walk.in_forward is not None:
-            return _outputs(ctx.gradients, walk.in_forward.factor(by_name["row_value"], walk.served.needed))
+            return _outputs(ctx.gradients, walk.in_forward.factor(by_name["value"], walk.served.needed))
         hidden, target_hidden, log_alpha, reverse_kl, log_coverage = ctx.saved_tensors
         gradients = _gradients(ctx, walk, hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             on_rows = row_functions(walk, hidden.device)
             run = ChunkPass(walk, hidden, target_hidden, columns=not walk.target_filter.is_on)
             for rows in walk.chunks():
-                target_logits = run.target_logits(rows)
                 if walk.target_filter.is_on:
-                    target = on_rows.read_target(target_logits, walk.vocab, walk.target_filter, run.scratch)
+                    target = _read_target(on_rows, walk, run, rows)
                 else:
-                    target = on_rows.read_target_columns(target_logits, log_coverage[rows], run.scratch)
+                    target = on_rows.read_target_columns(
+                        run.target_logits(rows), log_coverage[rows], run.scratch, keep_probs=len(walk.heads) > 1
+                    )
                 for depth, logits in run.draft_logits(rows, gradients):
                     stats = {"log_alpha": log_alpha[depth, rows], "reverse_kl": reverse_kl[depth, rows]}
                     # Zero at rows that the depth does not need: ``place`` lets no gradient through to them.
                     slopes = {name: slope[depth, rows] for name, slope in by_name.items()}
                     on_rows.d_logits(logits, target, stats, slopes, run.scratch, walk.row_value)
         return _outputs(gradients)
+
+
+def _read_target(on_rows: ModuleType, walk: ChunkWalk, run: ChunkPass, rows: slice) -> Any:
+    """The target's side of a chunk: on a CPU without its logits, where the draft vocabulary leaves most of them out."""
+    options: dict[str, Any] = {"keep_probs": len(walk.heads) > 1}
+    if products_span_depths(walk.served.rows.device) or walk.vocab.is_full or walk.target_filter.is_on:
+        return on_rows.read_target(run.target_logits(rows), walk.vocab, walk.target_filter, run.scratch, **options)
+    return on_rows.read_target_pieces(
+        run.target_pieces(rows), rows.stop - rows.start, walk.vocab, run.scratch, **options
+    )
 
 
 def _gradients(ctx: Any, walk: ChunkWalk, hidden: Float[Tensor, "K B T H"]) -> HeadGradients:

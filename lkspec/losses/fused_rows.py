@@ -2,7 +2,8 @@
 
 The numbers are those of ``divergences``, the definition; here they are made for speed on a CPU. Rows are taken in
 blocks that fit the cache, one exponential a logit, and overlaps are summed as probabilities rather than in the log
-domain. With M_v = [q_v < p_v], m = sum_v q_v M_v and z the draft's logits over the temperature::
+domain. p is computed once for all depths, and q once for a row's statistics and slopes where one pass forms both. With
+M_v = [q_v < p_v], m = sum_v q_v M_v and z the draft's logits over the temperature::
 
     d kl / dz = q - p~     d log_alpha / dz = q (M - m) / alpha     d reverse_kl / dz = q (log q - log p~ - reverse_kl)
 
@@ -12,7 +13,7 @@ logits that are 46 apart) therefore go through ``row_divergences`` and autograd.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -56,30 +57,36 @@ class Logits(NamedTuple):
             values = head.soft_cap * torch.tanh(values / head.soft_cap)
         return values if self.temperature == 1.0 else values / self.temperature
 
-    def overwrite(self, block: slice, slopes: Float[Tensor, "r W"], values: Float[Tensor, "r W"]) -> None:
-        """Puts d loss / d product in the product's place, from d loss / d values."""
+    def overwrite(self, block: slice, slopes: Float[Tensor, "r W"], values: Float[Tensor, "r W"] | None) -> None:
+        """Puts d loss / d product in the product's place, from d loss / d values; a soft cap asks for the values."""
         if (factor := self.head.scale / self.temperature) != 1.0:
-            slopes = slopes * factor
+            slopes.mul_(factor)
         if self.head.soft_cap is not None:
+            assert values is not None
             slopes = slopes * (1 - (values * (self.temperature / self.head.soft_cap)) ** 2)
-        self.product[block].copy_(slopes)
+        if (place := self.product[block]).data_ptr() != slopes.data_ptr():
+            place.copy_(slopes)
 
 
 class TargetRows(NamedTuple):
-    """The target's side of rows, shared by all depths. It keeps logarithms alone: memory matters more than an exp.
+    """The target's side of rows, shared by all depths.
 
     Attributes:
         log_renormed: log p~, at least LOG_ZERO.
         log_coverage: log of p's mass over the draft vocabulary; -inf where there is none.
         top1: target id of argmax p over the full vocabulary; None where only the draft vocabulary was read.
+        kept: p; None where each block computes it again, which a single depth does: memory matters more than an exp.
     """
 
     log_renormed: Float[Tensor, "R D"]
     log_coverage: Float[Tensor, " R"]
     top1: Int[Tensor, " R"] | None
+    kept: Float[Tensor, "R D"] | None
 
     def probs(self, block: slice, scratch: Scratch) -> Float[Tensor, "r D"]:
         """p of a block."""
+        if self.kept is not None:
+            return self.kept[block]
         log_renormed = self.log_renormed[block]
         probs = torch.softmax(log_renormed, -1, out=scratch("probs", *log_renormed.shape))
         return probs.mul_(self.log_coverage[block, None].exp())
@@ -92,31 +99,87 @@ class TargetRows(NamedTuple):
         return inside + self.log_coverage[rows, None]
 
 
-def read_target(logits: Logits, vocab: DraftVocab, target_filter: TargetFilter, scratch: Scratch) -> TargetRows:
-    """Statistics of p from logits over the target vocabulary, which a full draft vocabulary overwrites."""
+class RowStats(dict[str, Tensor]):
+    """Statistics by name; ``probs_left`` says whether ``row_stats`` left q in the logits' place."""
+
+    probs_left: bool = False
+
+
+def read_target(
+    logits: Logits, vocab: DraftVocab, target_filter: TargetFilter, scratch: Scratch, *, keep_probs: bool = False
+) -> TargetRows:
+    """Statistics of p from logits over the target vocabulary, which a full draft vocabulary overwrites.
+
+    Args:
+        logits, vocab, target_filter, scratch: of whole rows.
+        keep_probs: keep p for the depths to come.
+    """
     num_rows = len(logits.product)
     top1 = logits.product.new_empty(num_rows, dtype=torch.int64)
     log_coverage = logits.product.new_zeros(num_rows, dtype=scratch.dtype)
     log_renormed = _place_of_logs(logits, vocab.size, scratch)
+    kept = scratch("kept", num_rows, vocab.size) if keep_probs else None
     for block in _blocks(logits.product):
         values = target_filter(logits.values(block, scratch.dtype))
+        place = log_coverage[block], log_renormed[block], None if kept is None else kept[block]
         if vocab.is_full:
-            top1[block] = _renormalise(values, log_coverage[block], log_renormed[block], scratch)[1]
+            top1[block] = _renormalise(values, *place, scratch)[1]
         else:
             normaliser, top1[block] = _softmax(values, scratch("whole", *values.shape))
             inside = vocab.restrict(values)
             log_coverage[block].masked_fill_(inside.amax(-1).isneginf(), -torch.inf)
-            log_sum, _ = _renormalise(inside, log_coverage[block], log_renormed[block], scratch)
+            log_sum, _ = _renormalise(inside, *place, scratch)
             log_coverage[block] += log_sum - normaliser
-    return TargetRows(log_renormed, log_coverage, top1)
+    return _target_rows(log_renormed, log_coverage, top1, kept)
 
 
-def read_target_columns(logits: Logits, log_coverage: Float[Tensor, " R"], scratch: Scratch) -> TargetRows:
+def read_target_pieces(
+    pieces: Iterable[tuple[slice, Logits]],
+    num_rows: int,
+    vocab: DraftVocab,
+    scratch: Scratch,
+    *,
+    keep_probs: bool = False,
+) -> TargetRows:
+    """The same of a truncated draft vocabulary and an unfiltered target, without the wide logits.
+
+    Args:
+        pieces: logits over a slice of the target vocabulary, in order, each valid until the next is asked for.
+        num_rows, vocab, scratch, keep_probs: as above.
+    """
+    log_renormed = scratch("log_renormed", num_rows, vocab.size)
+    normaliser = torch.full((num_rows,), -torch.inf, dtype=scratch.dtype, device=scratch.device)
+    largest, top1 = normaliser.clone(), torch.zeros(num_rows, dtype=torch.int64, device=scratch.device)
+    read = 0
+    for columns, logits in pieces:
+        values = logits.values(slice(0, num_rows), scratch.dtype)
+        log_sum, best = _softmax(values, scratch("whole", *values.shape))
+        normaliser = torch.logaddexp(normaliser, log_sum)
+        peak = values.gather(1, best[:, None]).squeeze(1)
+        higher = ~(peak <= largest)  # NaN shall stay NaN
+        largest, top1 = torch.where(higher, peak, largest), torch.where(higher, best + columns.start, top1)
+        inside = vocab.ids[read : read + int(vocab.t2d[columns].sum())] - columns.start
+        torch.index_select(values, 1, inside, out=log_renormed[:, read : read + len(inside)])
+        read += len(inside)
+    log_coverage = torch.zeros_like(normaliser).masked_fill_(log_renormed.amax(-1).isneginf(), -torch.inf)
+    kept = scratch("kept", num_rows, vocab.size) if keep_probs else None
+    for block in _blocks(log_renormed):
+        place = log_coverage[block], log_renormed[block], None if kept is None else kept[block]
+        log_coverage[block] += _renormalise(log_renormed[block], *place, scratch)[0] - normaliser[block]
+    return _target_rows(log_renormed, log_coverage, top1, kept)
+
+
+def read_target_columns(
+    logits: Logits, log_coverage: Float[Tensor, " R"], scratch: Scratch, *, keep_probs: bool = False
+) -> TargetRows:
     """The same, without top1, from logits over the draft vocabulary alone, which it overwrites."""
-    log_renormed = _place_of_logs(logits, logits.product.shape[1], scratch)
+    num_rows, width = logits.product.shape
+    log_renormed = _place_of_logs(logits, width, scratch)
+    kept = scratch("kept", num_rows, width) if keep_probs else None
     for block in _blocks(logits.product):
-        _renormalise(logits.values(block, scratch.dtype), log_coverage[block], log_renormed[block], scratch)
-    return TargetRows(log_renormed, log_coverage, top1=None)
+        place = log_coverage[block], log_renormed[block], None if kept is None else kept[block]
+        _renormalise(logits.values(block, scratch.dtype), *place, scratch)
+    return _target_rows(log_renormed, log_coverage, None, kept)
 
 
 def _place_of_logs(logits: Logits, width: int, scratch: Scratch) -> Float[Tensor, "R D"]:
@@ -126,15 +189,29 @@ def _place_of_logs(logits: Logits, width: int, scratch: Scratch) -> Float[Tensor
 
 
 def _renormalise(
-    inside: Float[Tensor, "r D"], log_coverage: Float[Tensor, " r"], out: Float[Tensor, "r D"], scratch: Scratch
+    inside: Float[Tensor, "r D"],
+    log_coverage: Float[Tensor, " r"],
+    out: Float[Tensor, "r D"],
+    renormed: Float[Tensor, "r D"] | None,
+    scratch: Scratch,
 ) -> tuple[Float[Tensor, " r"], Int[Tensor, " r"]]:
-    """log p~ from logits over the draft vocabulary, of rows that have mass there; returns logsumexp and argmax."""
+    """log p~, and p~ where asked for, of rows that have mass in the draft vocabulary; returns logsumexp and argmax."""
     lost = log_coverage.isneginf()
     if lost.any():
         inside = inside.masked_fill(lost[:, None], 0.0)
-    log_sum, best = _softmax(inside, scratch("probs", *inside.shape))
+    log_sum, best = _softmax(inside, scratch("probs", *inside.shape) if renormed is None else renormed)
     torch.sub(inside, log_sum[:, None], out=out).clamp_(min=LOG_ZERO)
     return log_sum, best
+
+
+def _target_rows(
+    log_renormed: Float[Tensor, "R D"],
+    log_coverage: Float[Tensor, " R"],
+    top1: Int[Tensor, " R"] | None,
+    renormed: Float[Tensor, "R D"] | None,
+) -> TargetRows:
+    kept = None if renormed is None else renormed.mul_(log_coverage.exp()[:, None])
+    return TargetRows(log_renormed, log_coverage, top1, kept)
 
 
 def row_stats(
@@ -144,11 +221,20 @@ def row_stats(
     vocab: DraftVocab,
     scratch: Scratch,
     row_value: RowValue | None = None,
-) -> dict[str, Float[Tensor, " R"]]:
-    """The statistics as ``divergences.logit_stats`` defines them; leaves the logits as they are."""
+    *,
+    leave_probs: bool = False,
+) -> RowStats:
+    """The statistics as ``divergences.logit_stats`` defines them.
+
+    Args:
+        logits, target, tokens, vocab, scratch, row_value: of the rows.
+        leave_probs: ``d_logits`` follows: leave q in the logits' place, where nothing else of them is needed.
+    """
     assert target.top1 is not None
     names = ("kl", "reverse_kl", "log_alpha", "accept_prob", *(("row_value",) if row_value else ()))
-    stats = {name: torch.empty_like(target.log_coverage) for name in names}
+    stats = RowStats({name: torch.empty_like(target.log_coverage) for name in names})
+    of_probs_alone = logits.head.soft_cap is None and row_value is None and logits.product.dtype == scratch.dtype
+    stats.probs_left = leave_probs and of_probs_alone
     proposed = torch.empty_like(target.top1)
     at_token = vocab.to_draft(tokens).clamp(min=0)[:, None]
     for block in _blocks(logits.product):
@@ -159,7 +245,8 @@ def row_stats(
         log_ratio = torch.sub(values, target.log_renormed[block], out=other).sub_(log_sum[:, None])
         at_block = log_ratio.gather(1, at_token[block]).squeeze(1)
         stats["accept_prob"][block] = at_block - target.log_coverage[block]
-        stats["reverse_kl"][block] = q.mul_(log_ratio).sum(-1)
+        product = scratch("product", *values.shape) if stats.probs_left else q
+        stats["reverse_kl"][block] = torch.mul(q, log_ratio, out=product).sum(-1)
         stats["kl"][block] = log_ratio.mul_(p).sum(-1) / -target.log_coverage[block].exp()
         stats["log_alpha"][block] = alpha.log()
         if row_value is not None:
@@ -169,12 +256,13 @@ def row_stats(
             exact = _exact(values[rows], target, rows + block.start)
             for name, value in exact.items():
                 stats[name][rows + block.start] = value
+            q[rows] = values[rows]  # their slopes come from the logits
+        if stats.probs_left:
+            logits.product[block].copy_(q)
     log_accept = stats.pop("accept_prob")
-    return {
-        **stats,
-        **text_stats(log_accept, proposed, target.top1, tokens, vocab),
-        "coverage": target.log_coverage.exp(),
-    }
+    stats |= text_stats(log_accept, proposed, target.top1, tokens, vocab)
+    stats["coverage"] = target.log_coverage.exp()
+    return stats
 
 
 def d_logits(
@@ -187,22 +275,28 @@ def d_logits(
 ) -> None:
     """Overwrites the product with d loss / d product, from ``slopes``, d loss / d statistics.
 
-    Of ``stats`` it reads log_alpha and reverse_kl.
+    Of ``stats`` it reads log_alpha and reverse_kl, and where ``row_stats`` made them, what that left.
     """
+    probs_left = isinstance(stats, RowStats) and stats.probs_left
     inexact = ~(stats["log_alpha"].exp() < EXACT_BELOW)  # NaN shall stay NaN
     alpha, coverage = (x.exp().where(inexact, 1.0) for x in (stats["log_alpha"], target.log_coverage))
     none = torch.zeros_like(alpha)
     d_kl, d_alpha = slopes.get("kl", none), slopes.get("log_alpha", none) / alpha
     for block in _blocks(logits.product):
-        values, p = logits.values(block, scratch.dtype), target.probs(block, scratch)
-        q, other = scratch("q", *values.shape), scratch("other", *values.shape)
-        d_reverse = None
-        if "reverse_kl" in slopes:
-            log_sum, _ = _softmax(values, q)
-            d_reverse = values - target.log_renormed[block] - (log_sum + stats["reverse_kl"][block])[:, None]
-            d_reverse = d_reverse.mul_(q).mul_(slopes["reverse_kl"][block, None])
+        p, values, exact_slopes = target.probs(block, scratch), None, None
+        if probs_left:
+            q = logits.product[block]
         else:
-            torch.softmax(values, -1, out=q)
+            values = logits.values(block, scratch.dtype)
+            q = torch.softmax(values, -1, out=scratch("q", *values.shape))
+        other = scratch("other", *q.shape)
+        if not inexact[block].all():
+            rows = (~inexact[block]).nonzero().squeeze(1)
+            exact_slopes = _exact_slopes((q if values is None else values)[rows], target, rows + block.start, slopes)
+        d_reverse = None
+        if "reverse_kl" in slopes:  # q (log q - log p~ - reverse_kl), whatever q log q is where q is 0
+            above = target.log_renormed[block] + stats["reverse_kl"][block, None]
+            d_reverse = torch.xlogy(q, q).addcmul_(above, q, value=-1).mul_(slopes["reverse_kl"][block, None])
         if "log_alpha" in slopes:
             below = torch.lt(q, p, out=other).mul_(q)
             q.mul_((d_kl[block] - d_alpha[block] * below.sum(-1))[:, None]).addcmul_(below, d_alpha[block, None])
@@ -212,11 +306,11 @@ def d_logits(
             q.addcmul_(p, (d_kl / coverage)[block, None], value=-1)
         if d_reverse is not None:
             q.add_(d_reverse)
-        if not inexact[block].all():
-            rows = (~inexact[block]).nonzero().squeeze(1)
-            q[rows] = _exact_slopes(values[rows], target, rows + block.start, slopes)
+        if exact_slopes is not None:
+            q[rows] = exact_slopes
         if "row_value" in slopes:
             assert row_value is not None
+            assert values is not None
             q.add_(_row_value_slopes(values, target.logp(block), row_value, slopes["row_value"][block]))
         logits.overwrite(block, q, values)
 

@@ -444,9 +444,15 @@ class RowStats(dict[str, Tensor]):
 
 
 def read_target(
-    logits: Logits, vocab: DraftVocab, target_filter: TargetFilter, scratch: Scratch, tile: Tile | None = None
+    logits: Logits,
+    vocab: DraftVocab,
+    target_filter: TargetFilter,
+    scratch: Scratch,
+    *,
+    keep_probs: bool = False,
+    tile: Tile | None = None,
 ) -> TargetRows:
-    """As ``fused_rows.read_target``; a full draft vocabulary leaves the logits where they are."""
+    """As ``fused_rows.read_target``, but p is never kept; a full draft vocabulary leaves the logits where they are."""
     values, scale = _readable(logits)
     if target_filter.is_on:
         values, scale = target_filter(values.to(torch.float32) * scale), 1.0
@@ -458,7 +464,12 @@ def read_target(
 
 
 def read_target_columns(
-    logits: Logits, log_coverage: Float[Tensor, " R"], scratch: Scratch, tile: Tile | None = None
+    logits: Logits,
+    log_coverage: Float[Tensor, " R"],
+    scratch: Scratch,
+    *,
+    keep_probs: bool = False,
+    tile: Tile | None = None,
 ) -> TargetRows:
     """As ``fused_rows.read_target_columns``."""
     values, scale = _readable(logits)
@@ -477,6 +488,7 @@ def row_stats(
     scratch: Scratch,
     row_value: None = None,
     *,
+    leave_probs: bool = False,
     tile: Tile | None = None,
 ) -> RowStats:
     """The statistics as ``divergences.logit_stats`` defines them; leaves the logits as they are."""

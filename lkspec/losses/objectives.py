@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Real
@@ -18,18 +19,20 @@ from lkspec.types import TokenStats
 
 
 class Objective(ABC):
-    """What training minimises, per supervised token. A new one is a subclass and a yaml file naming it."""
+    """What training minimises, per supervised token. A new one is a subclass and a yaml file naming it.
+
+    Attributes:
+        scope: what a token's value depends on: ``row``, its own statistics at its own depth; ``depth``, mean_alpha of
+            that depth as well; ``batch``, anything, such as other depths. Of a row, gradients are formed in the forward
+            pass, of a depth where one chunk holds it whole.
+    """
+
+    scope: Literal["row", "depth", "batch"] = "batch"
 
     @property
     def row_value(self) -> RowValue | None:
         """For form (b), the function to give to ``token_stats``; None for form (a)."""
         return None
-
-    @property
-    def reads_whole_batch(self) -> bool:
-        """Whether a token's value depends on more than its own statistics at its own depth: on ``mean_alpha``, or on
-        other depths. Where not, gradients can be formed in the forward pass."""
-        return True
 
     @abstractmethod
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
@@ -53,7 +56,7 @@ class Objective(ABC):
 class KL(Objective):
     """KL(p~ || q), the baseline; p~ is p renormalised over the draft vocabulary."""
 
-    reads_whole_batch = False
+    scope = "row"
 
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
         return stats.kl
@@ -65,7 +68,7 @@ class KL(Objective):
 class ReverseKL(Objective):
     """KL(q || p~)."""
 
-    reads_whole_batch = False
+    scope = "row"
 
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
         return stats.reverse_kl
@@ -77,7 +80,7 @@ class ReverseKL(Objective):
 class TV(Objective):
     """1 - alpha: the probability that a proposed token is rejected."""
 
-    reads_whole_batch = False
+    scope = "row"
 
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
         return -torch.expm1(stats.log_alpha)
@@ -89,7 +92,7 @@ class TV(Objective):
 class LKAlpha(Objective):
     """-log alpha, the log taken of each token's own alpha."""
 
-    reads_whole_batch = False
+    scope = "row"
 
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
         return -stats.log_alpha
@@ -124,10 +127,7 @@ class LKLambda(Objective):
         self.eta = eta
         self.fixed_lambda = fixed_lambda
         self.per_token = per_token
-
-    @property
-    def reads_whole_batch(self) -> bool:
-        return self.fixed_lambda is None and not self.per_token
+        self.scope = "row" if per_token or fixed_lambda is not None else "depth"
 
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
         if self.per_token:
@@ -159,8 +159,6 @@ class ExpectedLength(Objective):
     gamma plays no part, as the whole value stands at depth 1. With a single depth this is ``lk_alpha``.
     """
 
-    reads_whole_batch = True
-
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
         anchors = stats.mask[0]
         log_reached = stats.log_alpha.cumsum(0).masked_fill(~stats.mask, -torch.inf)
@@ -176,7 +174,7 @@ class ExpectedLength(Objective):
 class JensenShannon(Objective):
     """Jensen-Shannon divergence of p~ and q, in nats: the example of form (b)."""
 
-    reads_whole_batch = False
+    scope = "row"
 
     @property
     def row_value(self) -> RowValue:

@@ -288,7 +288,7 @@ import torch
 from lkspec.losses.objectives import KL
 
 class Broken(KL):
-    reads_whole_batch = True  # so that it is asked once a step
+    scope = "batch"  # so that it is asked once a step
     steps = 0
 
     def values(self, stats, mean_alpha):

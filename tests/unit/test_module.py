@@ -225,7 +225,7 @@ def test_what_is_logged_are_means_over_the_tokens_of_the_step(draft, target, bat
 
 
 class Spy(KL):
-    reads_whole_batch = True
+    scope = "batch"
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []

@@ -11,8 +11,9 @@ from naive_stats import naive_stats
 from torch import Tensor
 
 from lkspec.losses.divergences import token_stats
-from lkspec.losses.fused_linear import InForward, fused_token_stats
-from lkspec.losses.objectives import Objective, depth_weights
+from lkspec.losses.fused_linear import fused_token_stats
+from lkspec.losses.in_forward import InForward
+from lkspec.losses.objectives import Objective
 from lkspec.types import Batch, LinearHead, TokenStats
 from lkspec.vocab import DraftVocab
 
@@ -163,11 +164,10 @@ def assert_equals_reference(case: Case, *, temperature: float = 1.0, chunk_size:
 
 
 def in_forward(objective: Objective, case: Case, gamma: float = 0.8) -> InForward:
-    """As training states it: a batch-dependent objective, which would read mean_alpha, gets NaN."""
-    return InForward(
-        values=lambda stats: objective.values(stats, torch.full((1,), torch.nan)),
-        weights=depth_weights(len(case.mask), gamma) / counts(case),
-    )
+    """As training states it."""
+    promised = InForward.of(objective, counts(case), gamma)
+    assert promised is not None
+    return promised
 
 
 def counts(case: Case) -> Tensor:

@@ -25,7 +25,7 @@ from naive_stats import lk_gradient
 from torch import Tensor
 
 from lkspec.losses.divergences import LOG_ZERO
-from lkspec.losses.fused_linear import InForward
+from lkspec.losses.in_forward import InForward
 from lkspec.losses.objectives import jensen_shannon
 from lkspec.types import LinearHead
 from lkspec.vocab import DraftVocab
@@ -111,10 +111,10 @@ def test_disjoint_supports_keep_a_useful_gradient(gap: float, how: str):
     if how == "recompute":
         loss = -case.fused().log_alpha.sum()
     else:
-        promised = InForward(values=lambda stats: -stats.log_alpha, weights=torch.ones(1))
-        row_value = case.fused(in_forward=promised).row_value
-        assert row_value is not None
-        loss = row_value.sum()
+        promised = InForward(values=lambda stats, _: -stats.log_alpha, weights=torch.ones(1))
+        value = case.fused(in_forward=promised).value
+        assert value is not None
+        loss = value.sum()
     assert loss.item() == pytest.approx(-alpha.log().item(), rel=1e-6)
     slope = gradients(case, loss)[0][0, 0, 0]
     assert slope.norm() > 0.5
@@ -129,9 +129,11 @@ def test_a_state_that_is_not_a_number_shows_in_the_loss(how: str):
     broken = case.hidden.detach().clone()
     broken[depth, row, anchor] = torch.nan
     case = replace(case, hidden=broken.requires_grad_())
-    promised = InForward(lambda stats: -stats.log_alpha, torch.ones(K)) if how == "in_forward" else None
+    promised = InForward(lambda stats, _: -stats.log_alpha, torch.ones(K)) if how == "in_forward" else None
     stats = case.fused(in_forward=promised, row_value=jensen_shannon if how == "form_b" else None)
-    loss = -stats.log_alpha.sum() if stats.row_value is None else stats.row_value.sum()
+    values = {"recompute": -stats.log_alpha, "in_forward": stats.value, "form_b": stats.row_value}[how]
+    assert values is not None
+    loss = values.sum()
     assert loss.isnan()
     assert gradients(case, loss)[0][depth, row, anchor].isnan().all()
 

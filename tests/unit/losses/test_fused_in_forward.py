@@ -25,8 +25,18 @@ from fused_cases import (
 )
 from torch import Tensor
 
-from lkspec.losses.fused_linear import InForward
-from lkspec.losses.objectives import KL, TV, JensenShannon, LKAlpha, LKLambda, Objective, ReverseKL, reduce_loss
+from lkspec.losses.in_forward import InForward
+from lkspec.losses.objectives import (
+    KL,
+    TV,
+    ExpectedLength,
+    JensenShannon,
+    LKAlpha,
+    LKLambda,
+    Objective,
+    ReverseKL,
+    reduce_loss,
+)
 from lkspec.types import LinearHead, TokenStats
 from lkspec.vocab import DraftVocab
 
@@ -37,8 +47,8 @@ UNUSED = torch.zeros(K)  # mean_alpha, of objectives that do not read it
 
 def loss_in_forward(case: Case, objective: Objective, gamma: float = 0.8, **options) -> Tensor:
     stats = case.fused(in_forward=in_forward(objective, case, gamma), row_value=objective.row_value, **options)
-    assert stats.row_value is not None
-    return reduce_loss(stats.row_value, case.mask, counts(case), gamma)
+    assert stats.value is not None
+    return reduce_loss(stats.value, case.mask, counts(case), gamma)
 
 
 def loss_of_reference(case: Case, objective: Objective, gamma: float = 0.8, **options) -> Tensor:
@@ -81,9 +91,9 @@ def test_masked_off_entries_may_hold_anything():
 def test_values_of_rows_and_a_second_backward():
     case, objective = make_case(), LKAlpha()
     stats = case.fused(in_forward=in_forward(objective, case))
-    assert stats.row_value is not None
-    assert torch.allclose(stats.row_value, objective.values(case.reference(), UNUSED), atol=1e-5)
-    loss = reduce_loss(stats.row_value, case.mask, counts(case))
+    assert stats.value is not None
+    assert torch.allclose(stats.value, objective.values(case.reference(), UNUSED), atol=1e-5)
+    loss = reduce_loss(stats.value, case.mask, counts(case))
     once = torch.autograd.grad(loss, case.leaves, retain_graph=True)
     for one, two in zip(once, gradients(case, loss), strict=True):
         assert torch.equal(one, two)
@@ -92,19 +102,45 @@ def test_values_of_rows_and_a_second_backward():
 def test_other_statistics_carry_no_gradient():
     case = make_case()
     stats = case.fused(in_forward=in_forward(KL(), case))
-    assert stats.row_value is not None
-    assert stats.row_value.requires_grad
+    assert stats.value is not None
+    assert stats.value.requires_grad
     for name, values in as_dict(stats).items():
         assert not values.requires_grad, name
         assert torch.allclose(values, getattr(case.reference(), name), atol=1e-5), name
 
 
-def test_a_batch_dependent_objective_cannot_be_used_silently():
-    """Adaptive lambda reads mean_alpha, which is NaN while the gradient is formed."""
+@pytest.mark.parametrize("mask", masks().values(), ids=masks().keys())
+@pytest.mark.parametrize("shaped", [False, True], ids=["plain", "scale_bias_cap"])
+def test_adaptive_lambda_where_one_chunk_holds_all_rows(shaped: bool, mask: Tensor):
+    """Its mean alpha is that of the micro-batch, though the loss is divided by the counts of more."""
+    case, objective = make_case(heads="ABA", shaped=shaped, mask=mask), LKLambda(eta=3.0)
+    ours = loss_in_forward(case, objective, chunk_size=mask[0].numel())
+    stats = case.reference()
+    mean_alpha = (stats.log_alpha.detach().exp() * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
+    theirs = reduce_loss(objective.values(stats, mean_alpha), mask, counts(case))
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    for one, two in zip(gradients(case, ours), gradients(case, theirs), strict=True):
+        assert_close(one, two, 1e-5)
+
+
+def test_adaptive_lambda_over_several_chunks_is_recomputed():
     case = make_case()
-    loss = loss_in_forward(case, LKLambda(eta=3.0))
-    assert loss.isnan()
-    for slope in gradients(case, loss):
+    stats = case.fused(chunk_size=4, in_forward=in_forward(LKLambda(), case))
+    assert stats.value is None
+    assert stats.kl.requires_grad
+
+
+def test_objectives_over_several_depths_are_recomputed():
+    assert InForward.of(ExpectedLength(), torch.ones(K)) is None
+
+
+def test_mean_alpha_cannot_be_read_silently():
+    """It is NaN while the gradient of an objective that says it reads rows alone is formed."""
+    case = make_case()
+    value = case.fused(in_forward=InForward(LKLambda(eta=3.0).values, torch.ones(K))).value
+    assert value is not None
+    assert value[case.mask].isnan().all()
+    for slope in gradients(case, value.sum()):
         assert slope.isnan().any()
 
 
@@ -121,17 +157,17 @@ def test_a_batch_dependent_objective_cannot_be_used_silently():
 )
 def test_a_loss_with_other_weights_is_refused(loss: Callable[[Tensor, Case], Tensor]):
     case = make_case()
-    row_value = case.fused(in_forward=in_forward(KL(), case)).row_value
-    assert row_value is not None
+    value = case.fused(in_forward=in_forward(KL(), case)).value
+    assert value is not None
     with pytest.raises(AssertionError, match="other weights than promised"):
-        gradients(case, loss(row_value, case))
+        gradients(case, loss(value, case))
 
 
 def test_values_that_are_not_one_a_row_are_refused():
     """A mean_alpha of K depths would broadcast rows of one depth to K, and their slopes would add up."""
     case = make_case()
 
-    def broadcast(stats: TokenStats) -> Tensor:
+    def broadcast(stats: TokenStats, mean_alpha: Tensor) -> Tensor:
         return LKLambda(fixed_lambda=0.3).values(stats, torch.full((K,), torch.nan))
 
     with pytest.raises(AssertionError, match=r"\[1, 1, R\]"):

@@ -41,9 +41,9 @@ def recomputing(case: Case) -> Tensor:
 
 def in_one_pass(case: Case) -> Tensor:
     promised = in_forward(LKAlpha(), case)
-    row_value = case.fused(chunk_size=CHUNK, in_forward=promised).row_value
-    assert row_value is not None
-    return (promised.weights * row_value.sum((1, 2))).sum()
+    value = case.fused(chunk_size=CHUNK, in_forward=promised).value
+    assert value is not None
+    return (promised.weights * value.sum((1, 2))).sum()
 
 
 def form_b(case: Case) -> Tensor:
@@ -54,9 +54,9 @@ def form_b(case: Case) -> Tensor:
 
 def form_b_in_one_pass(case: Case) -> Tensor:
     promised = in_forward(JensenShannon(), case)
-    row_value = case.fused(chunk_size=CHUNK, in_forward=promised, row_value=jensen_shannon).row_value
-    assert row_value is not None
-    return (promised.weights * row_value.sum((1, 2))).sum()
+    value = case.fused(chunk_size=CHUNK, in_forward=promised, row_value=jensen_shannon).value
+    assert value is not None
+    return (promised.weights * value.sum((1, 2))).sum()
 
 
 def readable(case: Case) -> Tensor:

@@ -11,6 +11,7 @@ from fused_cases import (
     FULL,
     TRUNCATED,
     Case,
+    V,
     as_dict,
     assert_close,
     assert_equals_reference,
@@ -53,6 +54,15 @@ def test_rows_of_many_blocks(vocab: DraftVocab, monkeypatch: pytest.MonkeyPatch)
     assert_equals_reference(case, chunk_size=None)
 
 
+@pytest.mark.parametrize("shaped", [False, True], ids=["plain", "scale_bias_cap"])
+@pytest.mark.parametrize("ids", [[0, 2, 3, 5, 8, 9], [9, 10], [1, 7]], ids=str)
+def test_a_target_read_in_many_pieces(ids: list[int], shaped: bool, monkeypatch: pytest.MonkeyPatch):
+    """Pieces with several tokens of the draft vocabulary, and with none."""
+    monkeypatch.setattr(chunk_walk, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(chunk_walk, "_PIECE_COLUMNS", 3)
+    assert_equals_reference(make_case(vocab=DraftVocab(torch.tensor(ids), V), heads="ABA", shaped=shaped))
+
+
 @pytest.mark.parametrize("heads", ["AAA", "AAB", "ABA", "ABC"])
 @pytest.mark.parametrize("shaped", [False, True], ids=["plain", "scale_bias_cap"])
 def test_products_over_several_depths(shaped: bool, heads: str, monkeypatch: pytest.MonkeyPatch):
@@ -84,10 +94,10 @@ def test_rows_far_apart_follow_the_definition(vocab: DraftVocab):
 @pytest.mark.parametrize("objective", [LKAlpha(), LKLambda(fixed_lambda=0.25)], ids=repr)
 def test_rows_far_apart_in_forward(objective: LKLambda, vocab: DraftVocab):
     case = far_case(vocab)
-    row_value = case.fused(chunk_size=4, in_forward=in_forward(objective, case)).row_value
-    assert row_value is not None
+    value = case.fused(chunk_size=4, in_forward=in_forward(objective, case)).value
+    assert value is not None
     expected = objective.values(case.reference(), torch.zeros(3, dtype=torch.float64))
-    losses = [reduce_loss(values, case.mask, counts(case)) for values in (row_value, expected)]
+    losses = [reduce_loss(values, case.mask, counts(case)) for values in (value, expected)]
     for one, two in zip(*(gradients(case, loss) for loss in losses), strict=True):
         assert_close(one, two, 1e-10)
 
@@ -124,7 +134,8 @@ def test_distributions_close_together_keep_their_digits(distance: float, name: s
 @pytest.mark.parametrize(
     ("num_target", "num_draft", "device", "expected"),
     [
-        (32_000, 32_000, "cpu", 327),
+        (32_000, 32_000, "cpu", 262),
+        (32_000, 8_000, "cpu", 1024),
         (152_000, 152_000, "cpu", 256),
         (1_000, 1_000, "cpu", 1024),
         (152_000, 32_000, "cuda", 586),

@@ -317,8 +317,8 @@ def test_gradients_in_forward_equal_reference(chosen: Place, objective: Objectiv
     on_device = moved(case, chosen.device)
     promised = in_forward(objective, on_device)
     stats = on_device.fused(in_forward=promised)
-    assert stats.row_value is not None
-    ours = reduce_loss(stats.row_value, on_device.mask, counts(on_device))
+    assert stats.value is not None
+    ours = reduce_loss(stats.value, on_device.mask, counts(on_device))
     reference = objective.values(case.reference(), torch.zeros(len(case.mask)))
     theirs = reduce_loss(reference, case.mask, counts(case))
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
