@@ -203,7 +203,8 @@ class _FusedStats(torch.autograd.Function):
 def _read_target(on_rows: ModuleType, walk: ChunkWalk, run: ChunkPass, rows: slice) -> Any:
     """The target's side of a chunk: on a CPU without its logits, where the draft vocabulary leaves most of them out."""
     options: dict[str, Any] = {"keep_probs": len(walk.heads) > 1}
-    if products_span_depths(walk.served.rows.device) or walk.vocab.is_full or walk.target_filter.is_on:
+    wide = walk.vocab.is_full or walk.target_filter.is_on or products_span_depths(walk.served.rows.device)
+    if wide or on_rows is not fused_rows:
         return on_rows.read_target(run.target_logits(rows), walk.vocab, walk.target_filter, run.scratch, **options)
     return on_rows.read_target_pieces(
         run.target_pieces(rows), rows.stop - rows.start, walk.vocab, run.scratch, **options
