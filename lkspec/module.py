@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lkspec.acceptance import draft_stats, walk_rows
 from lkspec.drafts.base import Draft
 from lkspec.losses.in_forward import InForward
-from lkspec.losses.objectives import Objective, masked_sums, reduce_loss
+from lkspec.losses.objectives import Comparison, Objective, masked_sums, reduce_loss
 from lkspec.types import Batch, LinearHead, TargetStates, TokenStats
 from lkspec.walk_rows import WalkRow
 
@@ -95,17 +95,19 @@ class SpeculatorModule(LightningModule):
             raise ValueError("trainer.max_epochs, trainer.max_steps: set one of them, schedules need the run's length")
         return min(steps for steps in limits if steps >= 0)
 
-    def stats(self, batch: Batch, *, temperature: float = 1.0, in_forward: InForward | None = None) -> TokenStats:
+    def stats(
+        self, batch: Batch, *, comparison: Comparison | None = None, in_forward: InForward | None = None
+    ) -> TokenStats:
         """Statistics of every supervised token of a batch at every trained depth."""
         return draft_stats(
             self.draft,
             batch,
             self._target_states(batch),
             self._target_head,
-            temperature=temperature,
             row_value=self.objective.row_value,
             in_forward=in_forward,
             chunk_size=self._chunk_size,
+            **(comparison or Comparison())._asdict(),
         )
 
     def forward(self, batch: Batch) -> TokenStats:
@@ -121,7 +123,7 @@ class SpeculatorModule(LightningModule):
         optimizer.zero_grad()
         in_forward = self._in_forward(counts)
         for batch in batches:
-            stats = self.stats(batch.to(self.device), in_forward=in_forward)
+            stats = self.stats(batch.to(self.device), comparison=self.objective.comparison(), in_forward=in_forward)
             batch_sums = {name: self._summed(value) for name, value in masked_sums(stats).items()}
             mean_alpha = batch_sums["alpha"] / batch_sums["count"].clamp(min=1)
             values = self.objective.values(stats, mean_alpha) if stats.value is None else stats.value
@@ -194,7 +196,11 @@ class SpeculatorModule(LightningModule):
             mean_alpha = masked_sums(stats)["alpha"] / masked_sums(stats)["count"].clamp(min=1)
             total.add(stats, self.objective.values(stats, mean_alpha))
             if temperature is not None:
-                walked = stats if temperature in (0, 1) else self.stats(batch, temperature=temperature)
+                walked = (
+                    stats
+                    if temperature in (0, 1)
+                    else self.stats(batch, comparison=Comparison(temperature=temperature))
+                )
                 accept = walked.hit if temperature == 0 else walked.accept_prob
                 total.walked += walk_rows(
                     batch,

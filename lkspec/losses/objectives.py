@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Real
@@ -16,6 +16,14 @@ from torch import Tensor
 
 from lkspec.losses.divergences import LOG_ZERO, RowValue
 from lkspec.types import TokenStats
+
+
+class Comparison(NamedTuple):
+    """How p and q are formed before training compares them: the options of ``token_stats``."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 class Objective(ABC):
@@ -33,6 +41,10 @@ class Objective(ABC):
     def row_value(self) -> RowValue | None:
         """For form (b), the function to give to ``token_stats``; None for form (a)."""
         return None
+
+    def comparison(self) -> Comparison:
+        """Asked once a training micro-batch, whose statistics are of these p and q; validation takes plain ones."""
+        return Comparison()
 
     @abstractmethod
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lkspec.kv_cache import PositionCache
 from lkspec.targets.base import MIN_LAYERS_FOR_DEFAULT_AUX, default_aux_layer_ids
 from lkspec.targets.decoder_layer import StandaloneLayer
 from lkspec.targets.dims import decoder_dims
+from lkspec.targets.grouped_attention import grouped_sdpa
 from lkspec.types import Batch, LinearHead, TargetSpec, TargetStates
 
 _MASKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -151,7 +152,10 @@ class TransformersTarget:
     def step(self, tokens: Int[Tensor, "B S"], positions: Int[Tensor, "B S"], cache: PositionCache) -> TargetStates:
         cache.at(positions)
         masks = {layer_type: cache.mask(window) for layer_type, window in self._layer_types.items()}
-        return self._forward(tokens, positions, self._as_model_mask(masks), cache)
+        # Measured on CPUs only; kernels of other devices choose by the form of mask and heads.
+        is_grouped = self.attn_implementation == "sdpa" and self.device.type == "cpu"
+        with grouped_sdpa(self.config) if is_grouped else nullcontext():
+            return self._forward(tokens, positions, self._as_model_mask(masks), cache)
 
     def _forward(
         self, tokens: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor] | None, cache: PositionCache | None

@@ -17,6 +17,7 @@ from lkspec.data.dataset import collate
 from lkspec.decoding.walk import walk_turns
 from lkspec.drafts.eagle3 import Eagle3
 from lkspec.losses.objectives import KL, TV, LKAlpha, LKLambda, Objective
+from lkspec.losses.temperature_mixed import TemperatureMixed
 from lkspec.module import SpeculatorModule, restore_rng_state, rng_state
 from lkspec.targets.tiny import TinyTarget
 from lkspec.types import Batch
@@ -222,6 +223,17 @@ def test_what_is_logged_are_means_over_the_tokens_of_the_step(draft, target, bat
     assert steps[0]["train/supervised_tokens"] == sum(counts[:2]) == len(coverage)
     assert steps[1]["train/supervised_tokens"] == sum(counts)
     assert [step["train/lr"] for step in steps] == [1.0, 0.5]
+
+
+def test_training_compares_at_the_temperature_of_the_objective(draft, target, batches):
+    with torch.no_grad():
+        rows = [row for found in naive_rows(draft, target, batches[0]) for row in found]
+    expected = [((p / 0.5).log_softmax(-1), (q / 0.5).log_softmax(-1)) for p, q in rows]
+    kl = sum(float((p.exp() * (p - q)).sum()) for p, q in expected)
+    _, steps = fit(make_module(draft, target, TemperatureMixed(KL(), low=0.5, high=0.5)), Steps([batches[:1]]))
+    counts = batches[0].depth_mask(K).sum((1, 2)).tolist()
+    logged = sum(steps[0][f"train/kl/depth_{k + 1}"] * count for k, count in enumerate(counts))
+    assert logged == pytest.approx(kl, rel=1e-5)
 
 
 class Spy(KL):

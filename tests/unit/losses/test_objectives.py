@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_stats import lk_gradient
 
-from lkspec.losses import objectives
 from lkspec.losses.divergences import logit_stats
 from lkspec.losses.objectives import (
     KL,
@@ -222,13 +222,14 @@ def test_masked_sums():
         ("lk_lambda_per_token", "lk_lambda(eta=3, per token)"),
         ("jsd", "jsd"),
         ("expected_length", "expected_length"),
+        ("filter_aware", "filter_aware(lk_alpha, top_k=0, top_p=0.9)"),
+        ("temperature_mixed", "temperature_mixed(lk_alpha, T=0.3..1)"),
     ],
 )
 def test_config_files_build_objectives(name: str, described: str):
     arguments = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    assert arguments["_target_"].startswith("lkspec.losses.")
     if name == "lk_lambda":  # eta follows the draft
         assert arguments["eta"] == "${draft.paper_eta}"
         arguments["eta"] = 3.0
-    module, _, class_name = arguments.pop("_target_").rpartition(".")
-    assert module == objectives.__name__
-    assert repr(getattr(objectives, class_name)(**arguments)) == described
+    assert repr(instantiate(arguments)) == described
