@@ -58,8 +58,8 @@ SEEDS ?= 0,1
 duel: $(CAPTURED)/manifest.json ## LOSS=mine [BASE=kl DRAFT=mlp SEEDS=0,1]: does it get more accepted?
 	$(BIN)/lkspec duel loss=$(LOSS) base=$(BASE) draft=$(DRAFT) seeds=[$(SEEDS)] $(ARGS)
 
-notebooks: $(MODEL) ## execute the notebooks and write them as HTML
-	$(BIN)/python -m lkspec.reporting.notebook notebooks/*.ipynb
+notebooks: $(MODEL) ## execute the notebooks and write them as HTML into notebooks/rendered
+	$(BIN)/python -m nbconvert --to html --execute --output-dir notebooks/rendered notebooks/*.ipynb
 
 bench: $(MODEL) ## benchmarks of loss, training step and decoding (experiments/performance)
 	$(BIN)/python experiments/performance/bench.py
