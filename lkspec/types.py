@@ -212,11 +212,11 @@ class Proposal:
 
     Attributes:
         tokens: ids in the target vocabulary.
-        probs: q at each depth, over the draft vocabulary (one-hot when drafting greedily).
+        probs: q at each depth, over the draft vocabulary; of no depth (k = 0) where drafting is greedy.
     """
 
     tokens: Int[Tensor, "B K"]
-    probs: Float[Tensor, "B K D"]
+    probs: Float[Tensor, "B k D"]
 
 
 @dataclass(frozen=True)
