@@ -37,13 +37,13 @@ class SpeculatorDataModule(LightningDataModule):
         num_workers: processes that make batches.
         seed: of the order of training.
         on_bad_row: "error" or "skip".
-        val_fraction: share of the training conversations held out when no ``validation`` is named.
+        val_fraction: share of the training conversations held out, to be validated on beside ``validation``.
         split_seed: of that split; apart from ``seed``, so that runs with different seeds share their validation set.
         limit_conversations: train on only so many conversations, evenly spaced over the data: files are often sorted
             by domain. The draft vocabulary is still counted over all of them.
 
     Raises:
-        ValueError: sizes that contradict each other, both or unusable validation settings.
+        ValueError: sizes that contradict each other, or a share or limit out of range.
     """
 
     def __init__(
@@ -76,8 +76,6 @@ class SpeculatorDataModule(LightningDataModule):
             raise ValueError(f"data.limit_conversations: expected a number >= 1 or null, got {limit_conversations}")
         self._train_path = train
         self._validation_paths = [validation] if isinstance(validation, str) else list(validation or [])
-        if self._validation_paths and val_fraction:
-            raise ValueError("data.validation and data.val_fraction are both set: keep one of them")
         self.max_length, self.max_tokens, self.accumulate, self.pack = max_length, max_tokens, accumulate, pack
         self.num_workers, self.seed, self.on_bad_row = num_workers, seed, on_bad_row
         self._val_fraction, self._split_seed, self._limit = val_fraction, split_seed, limit_conversations

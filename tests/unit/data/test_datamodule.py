@@ -97,6 +97,17 @@ def test_validation_conversations_keep_their_temperature(chat, tmp_path):
         data.val_conversations(0.5)
 
 
+def test_a_held_out_share_joins_the_validation_sets(chat, tmp_path):
+    cold = write(tmp_path / "t0.jsonl", [row("a", temperature=0)])
+    train = write(tmp_path / "train.jsonl", [row(f"c{n}", temperature=1) for n in range(20)])
+    data = ready(chat, train=train, validation=cold, val_fraction=0.3)
+    warm = {e.id for e in data.val_conversations(1)}
+    assert warm == {f"c{n}" for n in range(20) if is_held_out(f"c{n}", fraction=0.3, seed=0)}
+    assert [e.id for e in data.val_conversations(0)] == ["a"]
+    assert not warm & set(data.train_set.ids)
+    assert len(warm) + len(data.train_set) == 20
+
+
 def test_conversations_of_unknown_temperature_serve_every_temperature(chat):
     data = ready(chat, train="tiny:16", val_fraction=0.3)
     assert data.val_conversations(0.0) == data.val_conversations(1.0)
@@ -191,8 +202,6 @@ def test_settings_that_cannot_work_say_what_to_set(chat):
         SpeculatorDataModule(train="tiny:8", accumulate=0)
     with pytest.raises(ValueError, match=r"data.val_fraction: expected a share"):
         SpeculatorDataModule(train="tiny:8", val_fraction=1.0)
-    with pytest.raises(ValueError, match="both set"):
-        SpeculatorDataModule(train="tiny:8", validation="tiny:8", val_fraction=0.1)
     with pytest.raises(ValueError, match="val_fraction=1e-05 holds out 0 of 8"):
         ready(chat, train="tiny:8", val_fraction=1e-5)
     with pytest.raises(ValueError, match="beyond the target's context: set it to at most 64"):
