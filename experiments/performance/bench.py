@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-BENCHMARKS = ("loss", "lk_against_kl", "scaling", "peer", "decoding")
+BENCHMARKS = ("loss", "lk_against_kl", "scaling", "peer", "peer_loss", "decoding")
 FOLDER = Path(__file__).parent
 
 

@@ -28,7 +28,7 @@ from lkspec.decoding.chain import ChainDecoder, Request
 from lkspec.decoding.sampling import Sampling
 from lkspec.drafts.base import Draft
 from lkspec.drafts.eagle3 import Eagle3
-from lkspec.results import find_run
+from lkspec.results import find_run, list_runs
 from lkspec.targets.tiny import TinyTarget
 from lkspec.targets.transformers import TransformersTarget
 from lkspec.vocab import DraftVocab
@@ -68,6 +68,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.run == "latest" and not options.tiny and not list_runs(options.run_root):
+        print(f"\ndecoding: skipped, there is no trained run under {options.run_root}: `make quickstart` trains one")
+        return
     target, draft = tiny_pair() if options.tiny else loaded(options.run, options.run_root)
     requests = make_requests(target, options.new_tokens)
     contestants = make_contestants(target, draft)

@@ -34,6 +34,10 @@ from lkspec.vocab import DraftVocab
 
 HERE = Path(__file__).parent
 H, N, M, FFN, V, D, K = 256, 8, 2, 688, 32_000, 8_000, 7
+PEER_SIZES = {
+    "hidden_size": H, "num_attention_heads": N, "num_key_value_heads": M, "intermediate_size": FFN,
+    "vocab_size": V, "draft_vocab_size": D, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+}  # fmt: skip
 GAMMA, ETA = 0.8, 3.0
 OBJECTIVES: dict[str, Objective] = {"kl": KL(), "lk_lambda": LKLambda(ETA)}
 # Outside specforge's own pins, which ask for a GPU stack; none of what is left out is used on this path.
@@ -41,7 +45,7 @@ PACKAGES = (
     "torch==2.13.0", "transformers==5.8.1", "datasets", "tqdm", "accelerate", "pydantic", "psutil", "pyyaml",
     "safetensors", "requests", "tensorboard", "numpy", "wandb", "openai-harmony", "triton",
 )  # fmt: skip
-WITHOUT_DEPENDENCIES = ("specforge==0.2.0", "yunchang")
+WITHOUT_DEPENDENCIES = ("specforge==0.2.0", "yunchang", "speculators==0.9.0")
 
 
 class Case:
@@ -107,14 +111,10 @@ class Case:
 class Worker:
     """The peer in its own process and environment."""
 
-    def __init__(self, python: Path, case: Path, threads: int) -> None:
-        sizes = {
-            "hidden_size": H, "num_attention_heads": N, "num_key_value_heads": M, "intermediate_size": FFN,
-            "vocab_size": V, "draft_vocab_size": D, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-        }  # fmt: skip
-        command = [str(python), str(HERE / "peer_worker.py")]
+    def __init__(self, python: Path, script: str, **settings: Any) -> None:
+        command = [str(python), str(HERE / script)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.version = self.ask(threads=threads, case=str(case), sizes=sizes)["version"]
+        self.version = self.ask(**settings)["version"]
 
     def ask(self, **job: Any) -> Any:
         """Its answer to one request."""
@@ -211,7 +211,9 @@ def contest(num_slots: int, python: Path, options: argparse.Namespace) -> list[d
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         case.save(scratch / "case.pt")
-        worker = Worker(python, scratch / "case.pt", options.threads)
+        worker = Worker(
+            python, "peer_worker.py", threads=options.threads, case=str(scratch / "case.pt"), sizes=PEER_SIZES
+        )
         compare(case, worker, scratch)
         floor = floor_seconds(num_slots, options)
         rows = [contest_row(case, worker, objective, options) for objective in OBJECTIVES]

@@ -34,7 +34,9 @@ def test_a_notebook_runs_on_stored_results(path, study, monkeypatch):
     monkeypatch.setenv("LKSPEC_RUNS", str(study / "*"))
     monkeypatch.setenv("LKSPEC_RUN", str(next(study.glob("mlp-kl-*-s0-*"))))
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": FOLDER}}).execute()  # raises what a cell raises
+    NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": FOLDER}}
+    ).execute()  # raises what a cell raises
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     shown = {kind for output in outputs for kind in output.get("data", {})}
     assert shown & {"image/png", "text/html"}
