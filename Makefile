@@ -9,7 +9,7 @@ MODEL := $(VENV)/.model
 export LKSPEC_DATA
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve-env quickstart captured duel notebooks bench test test-fast test-serve lint format clean
+.PHONY: help install serve-env quickstart captured duel tables figures notebooks bench test test-fast test-serve lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,19 @@ DRAFT ?= mlp
 SEEDS ?= 0,1
 duel: $(CAPTURED)/manifest.json ## LOSS=mine [BASE=kl DRAFT=mlp SEEDS=0,1]: does it get more accepted?
 	$(BIN)/lkspec duel loss=$(LOSS) base=$(BASE) draft=$(DRAFT) seeds=[$(SEEDS)] $(ARGS)
+
+# RUNS='runs/*' takes others; what a table lacks it says, with the command that fills it.
+RUNS ?= runs/ablation/*
+REPORT = $(BIN)/lkspec report runs='$(RUNS)' rows=[draft,objective] baseline=kl
+ABLATIONS := experiments/ablations
+tables: $(INSTALLED) ## tables of the ablations, from runs/ablation (RUNS='...' for others)
+	$(REPORT) value=walk columns=[temperature] out=$(ABLATIONS)/walk.md
+	$(REPORT) value=alpha columns=[depth] +where.temperature=1 out=$(ABLATIONS)/alpha.md
+	$(REPORT) value=walk columns=[temperature,num_draft_tokens] format=csv out=$(ABLATIONS)/results.csv
+
+figures: $(INSTALLED) ## figures of the paper: the exact ones, and tau over K from runs/ablation
+	$(BIN)/python experiments/theory/figures.py
+	$(REPORT) value=walk columns=[temperature,num_draft_tokens] format=png out=$(ABLATIONS)/tau_over_k.png
 
 notebooks: $(MODEL) ## execute the notebooks and write them as HTML into notebooks/rendered
 	$(BIN)/python -m nbconvert --to html --execute --output-dir notebooks/rendered notebooks/*.ipynb

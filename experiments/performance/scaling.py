@@ -21,7 +21,6 @@ from lkspec.losses.objectives import KL, LKLambda
 
 NUM_THREADS = 2
 HIDDEN = 64  # small, so that what is not a product shows
-ROUNDS = 3
 AXES = {"K": "depths K", "V": "vocabulary V = D", "S": "rows of text S"}
 #: axis -> [(K, V, S)]
 POINTS = {
@@ -60,7 +59,7 @@ def measure(axis: str, num_depths: int, vocab: int, num_rows: int) -> list[Row]:
         "kl, in forward": fused(case, KL(), in_forward=True),
     }
     contestants = {name: both_passes(case, loss) for name, loss in losses.items()}
-    seconds = interleaved_seconds(contestants, rounds=ROUNDS)
+    seconds = interleaved_seconds(contestants)
     rows: list[Row] = []
     for name, contestant in contestants.items():
         case.forget_gradients()
