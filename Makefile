@@ -46,10 +46,10 @@ CAPTURED := captured/smollm2_135m-embedded
 $(CAPTURED)/manifest.json: $(MODEL)
 	$(BIN)/lkspec capture out=$(CAPTURED)
 
-captured: $(CAPTURED)/manifest.json ## the target's states of the embedded set, for ablations and duels (2.1 GB)
+captured: $(CAPTURED)/manifest.json ## the target's states of the embedded set, for ablations and duels (2.4 GB, half an hour)
 
 # make ablation-loss ARGS='loss=kl,lk_alpha seed=0,1' narrows or extends it; DRY=1 lists jobs and hours, and runs nothing.
-ablation-%: $(CAPTURED)/manifest.json ## ablation-loss, -draft, -eta, -vocab, ...: a sweep of conf/experiment/ablation_*.yaml
+ablation-%: $(if $(DRY),$(MODEL),$(CAPTURED)/manifest.json) ## ablation-loss, -draft, -eta, -vocab, ...: a sweep of conf/experiment/ablation_*.yaml
 	$(BIN)/lkspec train -m experiment=ablation_$* $(if $(DRY),plan=true) $(ARGS)
 
 BASE ?= kl
@@ -69,7 +69,8 @@ tables: $(INSTALLED) ## tables of the ablations, from runs/ablation (RUNS='...' 
 
 figures: $(INSTALLED) ## figures of the paper: the exact ones, and tau over K from runs/ablation
 	$(BIN)/python experiments/theory/figures.py
-	$(REPORT) value=walk columns=[temperature,num_draft_tokens] format=png out=$(ABLATIONS)/tau_over_k.png
+	$(REPORT) value=walk columns=[temperature,num_draft_tokens] "title='acceptance length, held-out answers'" format=png out=$(ABLATIONS)/tau_over_k.png
+	$(REPORT) value=alpha columns=[depth] +where.temperature=1 "title='acceptance rate, held-out answers, T = 1'" format=png out=$(ABLATIONS)/alpha.png
 
 notebooks: $(MODEL) ## execute the notebooks and write them as HTML into notebooks/rendered
 	$(BIN)/python -m nbconvert --to html --execute --output-dir notebooks/rendered notebooks/*.ipynb
