@@ -30,11 +30,11 @@ from lkspec.drafts.eagle3 import Eagle3
 from lkspec.losses import fused_rows, fused_triton
 from lkspec.losses.divergences import logit_stats
 from lkspec.losses.fused_linear import fused_token_stats
-from lkspec.losses.fused_rows import Logits
 from lkspec.losses.in_forward import InForward
 from lkspec.losses.objectives import LKAlpha, LKLambda, masked_sums, reduce_loss
 from lkspec.losses.scratch import Scratch
 from lkspec.losses.target_filter import TargetFilter
+from lkspec.losses.target_rows import Logits
 from lkspec.types import Batch, DecoderDims, LinearHead, TargetSpec, TargetStates
 from lkspec.vocab import DraftVocab
 

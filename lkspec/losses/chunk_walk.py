@@ -11,12 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lkspec.losses.divergences import RowValue
-from lkspec.losses.fused_rows import Logits
 from lkspec.losses.head_gradients import HeadGradients
 from lkspec.losses.in_forward import InForward
 from lkspec.losses.scratch import Scratch
 from lkspec.losses.served_rows import ServedRows
 from lkspec.losses.target_filter import TargetFilter
+from lkspec.losses.target_rows import Logits
 from lkspec.types import LinearHead
 from lkspec.vocab import DraftVocab
 

@@ -30,9 +30,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lkspec.losses.divergences import LOG_ZERO
-from lkspec.losses.fused_rows import Logits
 from lkspec.losses.scratch import Scratch
 from lkspec.losses.target_filter import TargetFilter
+from lkspec.losses.target_rows import Logits
 from lkspec.vocab import DraftVocab
 
 _VECTOR = tl.constexpr(8)  # neighbouring columns of a lane: 16 bytes of bfloat16
@@ -452,7 +452,7 @@ def read_target(
     keep_probs: bool = False,
     tile: Tile | None = None,
 ) -> TargetRows:
-    """As ``fused_rows.read_target``, but p is never kept; a full draft vocabulary leaves the logits where they are."""
+    """As ``target_rows.read_target``, but p is never kept; a full draft vocabulary leaves the logits where they are."""
     values, scale = _readable(logits)
     if target_filter.is_on:
         values, scale = target_filter(values.to(torch.float32) * scale), 1.0
@@ -471,7 +471,7 @@ def read_target_columns(
     keep_probs: bool = False,
     tile: Tile | None = None,
 ) -> TargetRows:
-    """As ``fused_rows.read_target_columns``."""
+    """As ``target_rows.read_target_columns``."""
     values, scale = _readable(logits)
     state, top1 = _read(values, values, scale, None, tile)
     unreachable = log_coverage.isneginf()

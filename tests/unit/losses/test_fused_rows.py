@@ -26,10 +26,11 @@ from fused_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lkspec.losses import chunk_walk, fused_rows
+from lkspec.losses import chunk_walk, target_rows
 from lkspec.losses.chunk_walk import chunk_rows
-from lkspec.losses.fused_rows import EXACT_BELOW, _largest
+from lkspec.losses.fused_rows import EXACT_BELOW
 from lkspec.losses.objectives import LKAlpha, LKLambda, reduce_loss
+from lkspec.losses.target_rows import _largest
 from lkspec.types import LinearHead
 from lkspec.vocab import DraftVocab
 
@@ -48,9 +49,9 @@ def test_largest_is_the_first_maximum(width: int, distinct: int, seed: int):
 
 @pytest.mark.parametrize("vocab", [DraftVocab(torch.arange(WIDE) * 2, 2 * WIDE), DraftVocab.full(WIDE)])
 def test_rows_of_many_blocks(vocab: DraftVocab, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fused_rows, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(target_rows, "_BLOCK_BYTES", 1)
     case = make_case(vocab=vocab, heads="ABA", shaped=True, mask=masks()["holes"])
-    assert max(block.stop - block.start for block in fused_rows._blocks(torch.empty(9, WIDE))) == 4
+    assert max(block.stop - block.start for block in target_rows.blocks(torch.empty(9, WIDE))) == 4
     assert_equals_reference(case, chunk_size=None)
 
 

@@ -36,10 +36,10 @@ from torch import Tensor
 
 from lkspec.losses import fused_linear, fused_rows
 from lkspec.losses.divergences import LOG_ZERO, logit_stats
-from lkspec.losses.fused_rows import Logits
 from lkspec.losses.objectives import LKAlpha, LKLambda, Objective, jensen_shannon, reduce_loss
 from lkspec.losses.scratch import Scratch
 from lkspec.losses.target_filter import TargetFilter
+from lkspec.losses.target_rows import Logits
 from lkspec.types import LinearHead, TokenStats
 from lkspec.vocab import DraftVocab
 
