@@ -34,9 +34,9 @@ def chunk_rows(vocab: DraftVocab, num_depths: int, device: torch.device, *, filt
     counted over depths: 4,096 of them, and at least 512 of the target's.
     """
     if not products_span_depths(device):
-        width = (2 if num_depths == 1 else 3) * vocab.size + (
-            vocab.target_size if filtered and not vocab.is_full else 0
-        )
+        width = (2 if num_depths == 1 else 3) * vocab.size
+        if filtered and not vocab.is_full:
+            width += vocab.target_size
         return min(max(_CPU_BYTES // (4 * width), _CPU_ROWS[0]), _CPU_ROWS[1])
     return min(max(-(-_GPU_PAIRS // num_depths), _GPU_ROWS[0]), _GPU_ROWS[1])
 

@@ -28,7 +28,7 @@ class InForward:
         reads_mean_alpha: which only a walk of a single chunk can know in time; mean_alpha is NaN where this is False.
     """
 
-    values: Callable[[TokenStats, Float[Tensor, 1]], Float[Tensor, "1 1 R"]]
+    values: Callable[[TokenStats, Float[Tensor, " 1"]], Float[Tensor, "1 1 R"]]
     weights: Float[Tensor, " K"]
     reads_mean_alpha: bool = False
 
@@ -58,7 +58,7 @@ class InForward:
             if slope is not None
         }
 
-    def _mean_alpha(self, stats: dict[str, Float[Tensor, " R"]], needed: Bool[Tensor, " R"]) -> Float[Tensor, 1]:
+    def _mean_alpha(self, stats: dict[str, Float[Tensor, " R"]], needed: Bool[Tensor, " R"]) -> Float[Tensor, " 1"]:
         if not self.reads_mean_alpha:
             return torch.full_like(stats["log_alpha"][:1], torch.nan)
         alpha = stats["log_alpha"].exp().masked_fill(~needed, 0.0)
