@@ -46,7 +46,7 @@ CAPTURED := captured/smollm2_135m-embedded
 $(CAPTURED)/manifest.json: $(MODEL)
 	$(BIN)/lkspec capture out=$(CAPTURED)
 
-captured: $(CAPTURED)/manifest.json ## the target's states of the embedded set, for ablations and duels (2.4 GB, half an hour)
+captured: $(CAPTURED)/manifest.json ## the target's states of the embedded set, for ablations and duels (2.4 GB, up to an hour on a core)
 
 # make ablation-loss ARGS='loss=kl,lk_alpha seed=0,1' narrows or extends it; DRY=1 lists jobs and hours, and runs nothing.
 ablation-%: $(if $(DRY),$(MODEL),$(CAPTURED)/manifest.json) ## ablation-loss, -draft, -eta, -vocab, ...: a sweep of conf/experiment/ablation_*.yaml
@@ -62,9 +62,9 @@ duel: $(CAPTURED)/manifest.json ## LOSS=mine [BASE=kl DRAFT=mlp SEEDS=0,1]: does
 RUNS ?= runs/ablation/*
 REPORT = $(BIN)/lkspec report runs='$(RUNS)' rows=[draft,objective] baseline=kl
 ABLATIONS := experiments/ablations
-tables: $(INSTALLED) ## tables of the ablations, from runs/ablation (RUNS='...' for others)
-	$(REPORT) value=walk columns=[temperature] out=$(ABLATIONS)/walk.md
-	$(REPORT) value=alpha columns=[depth] +where.temperature=1 out=$(ABLATIONS)/alpha.md
+tables: $(INSTALLED) ## prints the tables of the ablations, from runs/ablation (RUNS='...' for others)
+	$(REPORT) value=walk columns=[temperature]
+	$(REPORT) value=alpha columns=[depth] +where.temperature=1
 	$(REPORT) value=walk columns=[temperature,num_draft_tokens] format=csv out=$(ABLATIONS)/results.csv
 
 figures: $(INSTALLED) ## figures of the paper: the exact ones, and tau over K from runs/ablation

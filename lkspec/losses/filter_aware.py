@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
-from torch import Tensor
-
-from lkspec.losses.divergences import RowValue
 from lkspec.losses.objectives import Comparison, Objective
 from lkspec.losses.target_filter import TargetFilter
-from lkspec.types import TokenStats
+from lkspec.losses.wrapping import Wrapping
 
 
-class FilterAware(Objective):
+class FilterAware(Wrapping):
     """Another objective on alpha_f = sum_v min(q_v, p_f(v)), with p_f = p filtered by top-k, then top-p, renormalised.
 
     Mass that q spends on tokens the server never samples counts as rejected, which it will be. A row whose q lies
@@ -31,21 +27,11 @@ class FilterAware(Objective):
             raise ValueError(
                 "filter_aware: top_k=0 and top_p=1 filter nothing; set one of them, or train with its base"
             )
-        self.base, self.top_k, self.top_p = base, top_k, top_p
-        self.scope = base.scope
-
-    @property
-    def row_value(self) -> RowValue | None:
-        return self.base.row_value
+        super().__init__(base)
+        self.top_k, self.top_p = top_k, top_p
 
     def comparison(self) -> Comparison:
         return self.base.comparison()._replace(top_k=self.top_k, top_p=self.top_p)
-
-    def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
-        return self.base.values(stats, mean_alpha)
-
-    def scalars(self, mean_alpha: Float[Tensor, " K"]) -> dict[str, Float[Tensor, " K"]]:
-        return self.base.scalars(mean_alpha)
 
     def describe(self) -> str:
         return f"filter_aware({self.base.describe()}, top_k={self.top_k}, top_p={self.top_p:g})"
