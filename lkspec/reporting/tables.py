@@ -32,8 +32,8 @@ def build_table(runs: Sequence[RunFolder], layout: Layout) -> Table:
     everything = [one for group in series.values() for one in group]
     if not everything:
         raise ValueError(
-            f"value={', '.join(layout.values)}: none of the {len(runs)} runs holds it; measure them with `lkspec "
-            "evaluate run=...`"
+            f"value={', '.join(layout.values)}: none of the {len(runs)} runs holds it; walk and alpha are measured by "
+            "the validation of a finished training, everything else by `lkspec evaluate run=...`"
         )
     paper = PaperTable.read(layout.paper, [*layout.rows, *layout.columns])
     columns = table_columns(layout, everything, paper)
