@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-_GROWTH = 128  # slots; capacity grows by at least this many, so that re-allocation is rare
+_GROWTH = 128  # slots; a buffer that grows gets this many to spare, so that re-allocation is rare
 
 
 class PositionCache:
@@ -69,16 +69,14 @@ class PositionCache:
         visible = slots <= queries
         return visible if window is None else visible & (slots > queries - window)
 
-    def copy_row(self, row: int, source: PositionCache, source_row: int, length: int) -> None:
-        """Copies the first ``length`` slots of another cache's row over this row."""
-        for layer, (keys, values) in enumerate(zip(source.keys, source.values, strict=True)):
-            while len(self.keys) <= layer:
-                self.keys.append(keys.new_zeros(0))
-                self.values.append(values.new_zeros(0))
-            self.keys[layer] = _reserve(self.keys[layer], keys, self.num_rows, length)
-            self.values[layer] = _reserve(self.values[layer], values, self.num_rows, length)
-            self.keys[layer][row, :, :length] = keys[source_row, :, :length]
-            self.values[layer][row, :, :length] = values[source_row, :, :length]
+    def copy_rows(self, rows: Int[Tensor, " R"], source: PositionCache, length: int) -> None:
+        """Copies the first ``length`` slots of another cache, which has R rows, over these rows."""
+        for mine, others in ((self.keys, source.keys), (self.values, source.values)):
+            for layer, other in enumerate(others):
+                if len(mine) <= layer:
+                    mine.append(other.new_zeros(0))
+                mine[layer] = _reserve(mine[layer], other, self.num_rows, length)
+                mine[layer][:, :, :length].index_copy_(0, rows, other[:, :, :length])
 
     def keep(self, rows: list[int]) -> None:
         """Drops all rows but these, which take the slots 0, 1, .. in the order given."""
@@ -86,14 +84,15 @@ class PositionCache:
         # A row that comes from behind the last kept slot is not overwritten before it is read: only such rows are
         # copied then, and the rest of the buffer stays where it is.
         in_place = all(row >= len(rows) for _, row in moved)
+        copied = moved if in_place else list(enumerate(rows))
+        device = self.keys[0].device if self.keys else None
+        slots, sources = torch.tensor(copied, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
         for buffers in (self.keys, self.values):
             for layer, buffer in enumerate(buffers):
-                if not in_place:
-                    buffers[layer] = buffer[rows]
-                    continue
-                for slot, row in moved:
-                    buffer[slot] = buffer[row]
-                buffers[layer] = buffer[: len(rows)]
+                if in_place:
+                    buffers[layer] = buffer[: len(rows)].index_copy_(0, slots, buffer[sources])
+                else:
+                    buffers[layer] = buffer[sources]
         self.num_rows = len(rows)
         self._positions = None
 
@@ -102,8 +101,8 @@ def _reserve(buffer: Tensor, like: Tensor, num_rows: int, limit: int) -> Tensor:
     """The buffer with room for ``limit`` slots; contents kept."""
     if buffer.ndim == 4 and buffer.shape[2] >= limit:
         return buffer
-    capacity = limit + _GROWTH
-    grown = like.new_zeros(num_rows, like.shape[1], capacity, like.shape[3])
-    if buffer.ndim == 4:
-        grown[:, :, : buffer.shape[2]] = buffer
+    if buffer.ndim < 4:  # nothing to spare at first: a prompt is read in a cache of its own, which never grows
+        return like.new_zeros(num_rows, like.shape[1], limit, like.shape[3])
+    grown = like.new_zeros(num_rows, like.shape[1], limit + _GROWTH, like.shape[3])
+    grown[:, :, : buffer.shape[2]] = buffer
     return grown

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -14,8 +14,24 @@ from lkspec.decoding.sampling import Sampling, invert_cdf
 from lkspec.drafts.base import Draft
 from lkspec.kv_cache import PositionCache
 from lkspec.targets.base import Target
-from lkspec.types import FreshStates, Proposal, TargetStates
+from lkspec.types import FreshStates, Proposal, TargetStates, stack_rows
 from lkspec.vocab import DraftVocab
+
+
+class _GroupLimits(NamedTuple):
+    """Which prompts are read in one forward pass.
+
+    Attributes:
+        padding: of each prompt; reading more of it costs longer than a forward pass of the prompt's own.
+        tokens: of a group, padding included; longer prompts are read alone.
+    """
+
+    padding: int
+    tokens: int
+
+
+_ON_CPU = _GroupLimits(padding=16, tokens=256)  # padding costs arithmetic, and 100 tokens keep the cores busy
+_ON_GPU = _GroupLimits(padding=512, tokens=16_384)  # a forward pass of few tokens takes as long as one of hundreds
 
 
 class DecodingBatch:
@@ -32,49 +48,68 @@ class DecodingBatch:
         self._draft_cache = draft.new_cache(num_rows) if draft is not None else PositionCache(num_rows)
         self._fresh: FreshStates | None = None  # [B, K + 1]: what the draft has not seen yet
 
-    def fill(self, slot: int, row: Row) -> None:
-        """Prefills one row: the target reads the prompt and samples its first token, the draft observes."""
-        target, draft = self._target, self._draft
-        prompt = torch.tensor([row.request.tokens], device=target.device)
-        positions = torch.arange(prompt.shape[1], device=target.device)[None]
-        cache = target.new_cache(1)
-        states = target.step(prompt, positions, cache)
-        self._target_cache.copy_row(slot, cache, 0, prompt.shape[1])
-        token = self._first_token(states, row)
+    @property
+    def finished(self) -> list[int]:
+        """Slots of rows whose text has ended, in ascending order."""
+        return [slot for slot, row in enumerate(self.rows) if row.finish_reason is not None]
+
+    def fill(self, slots: list[int], rows: list[Row]) -> None:
+        """Puts new rows into slots, in ascending order, and prefills them in groups of similar length."""
+        for slot, row in zip(slots, rows, strict=True):
+            self.rows[slot : slot + 1] = [row]
+        for group in _groups(slots, rows, _ON_CPU if self._target.device.type == "cpu" else _ON_GPU):
+            self._prefill(group)
+
+    def _prefill(self, slots: list[int]) -> None:
+        """The target reads the rows' prompts and samples their first tokens, the draft observes.
+
+        Prompts are padded at their ends. What the caches hold there is out of sight: a slot behind a row's end is
+        written again before any query of the row comes that far.
+        """
+        target, rows = self._target, [self.rows[slot] for slot in slots]
+        prompts = stack_rows(torch.tensor(row.request.tokens) for row in rows).to(target.device)
+        lengths, into = torch.tensor([[len(row.request.tokens) for row in rows], slots], device=target.device)
+        positions = torch.arange(prompts.shape[1], device=target.device).expand_as(prompts)
+        cache = target.new_cache(len(rows))
+        states = target.step(prompts, positions, cache)
+        self._target_cache.copy_rows(into, cache, prompts.shape[1])
+        ends = lengths - 1
+        first = self._first_tokens(states.last[torch.arange(len(rows), device=target.device), ends], rows)
         fresh = FreshStates(
-            next_tokens=torch.cat([prompt[:, 1:], token[:, None]], dim=1),
+            next_tokens=prompts.roll(-1, dims=1).scatter(1, ends[:, None], first[:, None]),
             positions=positions,
             states=states,
-            lengths=torch.tensor([prompt.shape[1]], device=target.device),
+            lengths=lengths,
         )
-        if draft is not None:
-            draft_cache = draft.new_cache(1)
-            draft.observe(draft_cache, fresh)
-            self._draft_cache.copy_row(slot, draft_cache, 0, prompt.shape[1])
-        self._enter(slot, fresh)
-        self.rows[slot : slot + 1] = [row]
-        row.begin(int(token))
+        if self._draft is not None:
+            draft_cache = self._draft.new_cache(len(rows))
+            self._draft.observe(draft_cache, fresh)
+            self._draft_cache.copy_rows(into, draft_cache, prompts.shape[1])
+        self._enter(into, fresh)
+        for row, token in zip(rows, first.tolist(), strict=True):
+            row.begin(token)
 
-    def _first_token(self, states: TargetStates, row: Row) -> Int[Tensor, " 1"]:
-        logits = self._target.head.logits(states.last[:, -1])
-        uniforms = self._uniforms([row], 1)  # greedy too: a row's numbers do not depend on the temperature
+    def _first_tokens(self, last: Float[Tensor, "R H"], rows: list[Row]) -> Int[Tensor, " R"]:
+        logits = self._target.head.logits(last)
+        uniforms = self._uniforms(rows, 1)  # greedy too: a row's numbers do not depend on the temperature
         if self._sampling.is_greedy:
             return logits.argmax(-1)
         return invert_cdf(self._sampling.target_probs(logits), uniforms[:, 0])
 
-    def _enter(self, slot: int, read: FreshStates) -> None:
-        """The last slot of a prefilled row is the anchor of its first round."""
+    def _enter(self, slots: Int[Tensor, " R"], read: FreshStates) -> None:
+        """The last real slot of a prefilled row is the anchor of its first round."""
         if self._fresh is None:
             shape = (self._num_rows, self._num_depths + 1)
             aux, last = (part.new_zeros(*shape, part.shape[-1]) for part in (read.states.aux, read.states.last))
             tokens, positions, lengths = (read.lengths.new_zeros(size) for size in (shape, shape, shape[:1]))
             self._fresh = FreshStates(tokens, positions, TargetStates(aux=aux, last=last), lengths)
         fresh = self._fresh
-        fresh.next_tokens[slot, 0] = read.next_tokens[0, -1]
-        fresh.positions[slot] = _from(read.positions[:, -1], self._num_depths + 1)[0]
-        fresh.states.aux[slot, 0] = read.states.aux[0, -1]
-        fresh.states.last[slot, 0] = read.states.last[0, -1]
-        fresh.lengths[slot] = 1
+        anchors = torch.arange(len(slots), device=slots.device), read.lengths - 1
+        fresh.next_tokens[slots, 0] = read.next_tokens[anchors]
+        fresh.positions[slots] = _from(read.positions[anchors], self._num_depths + 1)
+        fresh.states.aux[slots, 0] = read.states.aux[anchors]
+        fresh.states.last[slots, 0] = read.states.last[anchors]
+        fresh.lengths[slots] = 1
 
     def round(self) -> None:
         """Drafts K tokens a row, verifies them and appends what was accepted and the bonus token."""
@@ -138,23 +173,39 @@ class DecodingBatch:
         drawn = [torch.rand(count, generator=row.generator, dtype=torch.float64) for row in rows]
         return torch.stack(drawn).to(self._target.device)
 
-    def drop(self, slot: int) -> None:
-        """Removes a row; the last one takes its slot."""
+    def drop(self, slots: list[int]) -> None:
+        """Removes rows; the last of those that stay take their slots."""
+        if not slots:
+            return
         assert self._fresh is not None
-        kept = list(range(len(self.rows)))
-        kept[slot] = kept[-1]
-        kept.pop()
-        self.rows = [self.rows[index] for index in kept]
+        num_kept, dropped = len(self.rows) - len(slots), set(slots)
+        moved = (slot for slot in range(num_kept, len(self.rows)) if slot not in dropped)
+        kept = [next(moved) if slot in dropped else slot for slot in range(num_kept)]
+        self.rows = [self.rows[slot] for slot in kept]
         self._target_cache.keep(kept)
         self._draft_cache.keep(kept)
-        fresh = self._fresh
-        self._fresh = replace(
-            fresh,
-            next_tokens=fresh.next_tokens[kept],
-            positions=fresh.positions[kept],
-            states=TargetStates(aux=fresh.states.aux[kept], last=fresh.states.last[kept]),
-            lengths=fresh.lengths[kept],
+        fresh, index = self._fresh, torch.tensor(kept, dtype=torch.int64, device=self._target.device)
+        self._fresh = FreshStates(
+            next_tokens=fresh.next_tokens[index],
+            positions=fresh.positions[index],
+            states=TargetStates(aux=fresh.states.aux[index], last=fresh.states.last[index]),
+            lengths=fresh.lengths[index],
         )
+
+
+def _groups(slots: list[int], rows: list[Row], limits: _GroupLimits) -> list[list[int]]:
+    """The slots, longest prompt first, in groups that are each padded to the first one's length."""
+    lengths = {slot: len(row.request.tokens) for slot, row in zip(slots, rows, strict=True)}
+    groups: list[list[int]] = []
+    longest = 0
+    for slot in sorted(slots, key=lengths.__getitem__, reverse=True):
+        fits = bool(groups) and (len(groups[-1]) + 1) * longest <= limits.tokens
+        if fits and longest - lengths[slot] <= limits.padding:
+            groups[-1].append(slot)
+        else:
+            groups.append([slot])
+            longest = lengths[slot]
+    return groups
 
 
 def _from(first: Int[Tensor, " B"], count: int) -> Int[Tensor, "B count"]:

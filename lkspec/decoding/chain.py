@@ -63,18 +63,15 @@ class ChainDecoder:
             return
         size = min(self.batch_size, len(waiting))
         batch = DecodingBatch(self.target, self.draft, self.sampling, self.num_draft_tokens, size)
-        for slot in range(size):
-            batch.fill(slot, self._new_row(waiting.popleft()))
-        while batch.rows:
-            for slot in reversed(range(len(batch.rows))):  # dropping a row moves the last one into its slot
-                while (row := batch.rows[slot]).finish_reason is not None:
-                    yield row.completion(self.num_draft_tokens)
-                    if not waiting:
-                        batch.drop(slot)
-                        break
-                    batch.fill(slot, self._new_row(waiting.popleft()))
-            if batch.rows:
+        free = list(range(size))
+        while free or batch.rows:
+            admitted = [self._new_row(waiting.popleft()) for _ in free[: len(waiting)]]
+            batch.fill(free[: len(admitted)], admitted)
+            batch.drop(free[len(admitted) :])
+            if batch.rows and not batch.finished:  # the prefill itself can end a text
                 batch.round()
+            free = batch.finished
+            yield from (batch.rows[slot].completion(self.num_draft_tokens) for slot in free)
 
     def _new_row(self, request: Request) -> Row:
         room = self.target.max_positions - len(request.tokens)

@@ -75,22 +75,31 @@ def test_layers_are_separate():
     assert write(cache, [[1]], [[4.0]], layer=2).tolist() == [[2, 4]]
 
 
-@pytest.mark.parametrize("length", [2, 200])  # 200 is more than the receiving row has room for
-def test_copied_row(length):
-    source, cache = PositionCache(2), PositionCache(2)
+@pytest.mark.parametrize("length", [2, 200])  # 200 is more than the receiving rows have room for
+def test_copied_rows(length):
+    source, cache = PositionCache(2), PositionCache(3)
     numbers = [float(n) for n in range(length)]
     write(source, [list(range(length))] * 2, [numbers, [n + 1000 for n in numbers]])
-    write(cache, [[0, 1, 2]] * 2, [[5.0, 6.0, 7.0], [8.0, 9.0, 10.0]])
-    cache.copy_row(0, source, 1, length=length)
-    shown = write(cache, [[length], [3]], [[-1.0], [-2.0]])
-    assert shown[0, : length + 1].tolist() == [n + 1000 for n in numbers] + [-1]
+    write(cache, [[0, 1, 2]] * 3, [[5.0, 6.0, 7.0], [8.0, 9.0, 10.0], [11.0, 12.0, 13.0]])
+    cache.copy_rows(torch.tensor([2, 0]), source, length)
+    shown = write(cache, [[length], [3], [length]], [[-1.0], [-2.0], [-3.0]])
+    assert shown[0, : length + 1].tolist() == [*(n + 1000 for n in numbers), -1]
     assert shown[1, :4].tolist() == [8, 9, 10, -2]  # the other row is as it was
+    assert shown[2, : length + 1].tolist() == [*numbers, -3]
 
 
-def test_copied_row_is_no_view():
+def test_only_the_first_slots_are_copied():
+    source, cache = PositionCache(1), PositionCache(2)
+    write(cache, [[0, 1, 2]] * 2, [[5.0, 6.0, 7.0], [8.0, 9.0, 10.0]])
+    write(source, [[0, 1, 2]], [[1.0, 2.0, 3.0]])
+    cache.copy_rows(torch.tensor([1]), source, 2)
+    assert write(cache, [[3]] * 2, [[4.0], [4.0]]).tolist() == [[5, 6, 7, 4], [1, 2, 10, 4]]
+
+
+def test_copied_rows_are_no_views():
     source, cache = PositionCache(1), PositionCache(1)
     write(source, [[0]], [[1.0]])
-    cache.copy_row(0, source, 0, length=1)
+    cache.copy_rows(torch.tensor([0]), source, 1)
     write(source, [[0]], [[2.0]])
     assert write(cache, [[1]], [[3.0]]).tolist() == [[1, 3]]
 
@@ -111,6 +120,19 @@ def test_kept_rows_when_the_last_one_fills_a_gap():
     cache.keep([0, 1])
     cache.keep([1])
     assert write(cache, [[300]], [[8.0]])[0, [0, 1, 300]].tolist() == [4, 6, 8]  # grown after rows went
+
+
+def test_kept_rows_when_the_last_ones_fill_several_gaps():
+    cache = PositionCache(6)
+    write(cache, [[0]] * 6, [[float(row)] for row in range(6)])
+    cache.keep([4, 1, 5])
+    assert write(cache, [[1]] * 3, [[9.0]] * 3).tolist() == [[4, 9], [1, 9], [5, 9]]
+
+
+def test_empty_caches_keep_rows_too():
+    cache = PositionCache(3)
+    cache.keep([2, 1])
+    assert cache.num_rows == 2
 
 
 @given(rows=st.lists(st.integers(0, 4), min_size=1, max_size=5, unique=True))

@@ -137,15 +137,15 @@ def test_slots_are_refilled_and_finished_ones_dropped() -> None:
 def test_one_target_forward_a_round_over_the_batch(num_draft_tokens: int, sampling: Sampling) -> None:
     """Rows that run together share every forward: as many as the row with the most rounds has, each of K + 1 tokens.
 
-    Beside those only the prompts are read, each once, and nothing of a text is read again.
+    Beside those only the prompts are read, once and together, and nothing of a text is read again.
     """
     target, draft = toy_target(), similar_draft(SOME) if num_draft_tokens else None
     requests = make_requests(12, most_new=30)
     completions = decode(target, draft, requests, batch_size=12, num_draft_tokens=num_draft_tokens, sampling=sampling)
     bonus_tokens = [completion.writers.count(BONUS) for completion in completions]
     num_rounds = [len(c.rounds) if draft else bonus for c, bonus in zip(completions, bonus_tokens, strict=True)]
-    prefills, rounds = target.steps[:12], target.steps[12:]
-    assert prefills == [(1, len(request.tokens)) for request in requests]
+    prefill, *rounds = target.steps
+    assert prefill == (12, max(len(request.tokens) for request in requests))
     assert [width for _, width in rounds] == [num_draft_tokens + 1] * max(num_rounds)
     assert [rows for rows, _ in rounds] == [sum(num > index for num in num_rounds) for index in range(max(num_rounds))]
 

@@ -44,10 +44,10 @@ class TextCache(PositionCache):
         super().__init__(num_rows)
         self.text = PositionCache(num_rows)
 
-    def copy_row(self, row: int, source: PositionCache, source_row: int, length: int) -> None:
-        super().copy_row(row, source, source_row, length)
+    def copy_rows(self, rows: Tensor, source: PositionCache, length: int) -> None:
+        super().copy_rows(rows, source, length)
         assert isinstance(source, TextCache)
-        self.text.copy_row(row, source.text, source_row, length)
+        self.text.copy_rows(rows, source.text, length)
 
     def keep(self, rows: list[int]) -> None:
         super().keep(rows)

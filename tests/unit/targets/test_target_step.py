@@ -116,7 +116,7 @@ def test_copied_row_goes_on_like_its_source(target):
     cache, prefill = target.new_cache(2), target.new_cache(1)
     step(target, cache, [running[:9], running[:9]], [0, 0])
     step(target, prefill, [admitted[:15]], [0])
-    cache.copy_row(1, prefill, 0, length=15)
+    cache.copy_rows(torch.tensor([1]), prefill, 15)
     got = step(target, cache, [running[9:12], admitted[15:18]], [9, 15])
     assert_states_close(row_of(got, 0), cut(alone(target, running), 9, 12))
     assert_states_close(row_of(got, 1), cut(alone(target, admitted), 15, 18))
@@ -127,7 +127,7 @@ def test_copy_into_an_empty_cache(target):
     cache, prefill = target.new_cache(2), target.new_cache(1)
     step(target, prefill, [text[:10]], [0])
     for row in (0, 1):
-        cache.copy_row(row, prefill, 0, length=10)
+        cache.copy_rows(torch.tensor([row]), prefill, 10)
     got = step(target, cache, [text[10:12], text[10:12]], [10, 10])
     for row in (0, 1):
         assert_states_close(row_of(got, row), cut(alone(target, text), 10, 12))
