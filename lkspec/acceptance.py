@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -55,27 +56,27 @@ def walk_rows(
         num_depths: the largest K.
         steps: optimiser steps taken before.
     """
-    mask, alpha = stats.mask.cpu(), stats.log_alpha.double().exp().masked_fill(~stats.mask, 0.0).cpu()
-    accept, turns = accept.cpu(), batch.turns.cpu()
+    mask = stats.mask[:num_depths].cpu().numpy()
+    alpha = np.where(mask, stats.log_alpha[:num_depths].cpu().double().exp().numpy(), 0.0)
+    walks = walk_turns(accept[:num_depths], batch.turns)
     rows = []
     for conversation in batch.conversations():
-        place = (conversation.row, conversation.slots)
-        walks = [walk_turns(accept[:k, *place], mask[:k, *place], turns[place]) for k in range(1, num_depths + 1)]
-        for depth, counts in enumerate(walks, start=1):
-            rows.append(
-                WalkRow(
-                    conversation=conversation.name,
-                    key=conversation.key,
-                    temperature=temperature,
-                    steps=steps,
-                    depth=depth,
-                    num_tokens=int(mask[depth - 1, *place].sum()),
-                    alpha=float(alpha[depth - 1, *place].sum()),
-                    rounds=sum(count.rounds for count in counts),
-                    accepted=sum(count.accepted for count in counts),
-                    at_least=sum(count.accepted_at_least[depth - 1] for count in walks[-1]),
-                )
-            )
+        slots = conversation.slots
+        # A turn that begins its conversation has no anchor in it.
+        own = (walks.rows == conversation.row) & (slots.start < walks.begins) & (walks.begins < slots.stop)
+        at_least = walks.at_least[own].sum(0)
+        columns = zip(
+            mask[:, conversation.row, slots].sum(-1).tolist(),
+            alpha[:, conversation.row, slots].sum(-1).tolist(),
+            walks.rounds[own].sum(0).tolist(),
+            at_least.sum(-1).tolist(),
+            at_least[-1].tolist(),
+            strict=True,
+        )
+        rows += [
+            WalkRow(conversation.name, conversation.key, temperature, steps, depth, *values)
+            for depth, values in enumerate(columns, start=1)
+        ]
     return rows
 
 
@@ -112,12 +113,11 @@ def walk_texts(
             temperature=temperature or 1.0,
         )
         accept = stats.hit if temperature == 0 else stats.accept_prob
-        for row, index in enumerate(indices):
-            counts[index] = tuple(
-                next(iter(walk_turns(accept[:depths, row], stats.mask[:depths, row], batch.turns[row])), None)
-                for depths in range(1, num_draft_tokens + 1)
-            )
-    return [counts[index] for index in range(len(texts))]
+        walks = walk_turns(accept, batch.turns)
+        for turn, row in enumerate(walks.rows.tolist()):
+            along = [walks.count(turn, depth) for depth in range(1, num_draft_tokens + 1)]
+            counts[indices[row]] = tuple(count if count.rounds > 0 else None for count in along)
+    return [counts.get(index, (None,) * num_draft_tokens) for index in range(len(texts))]
 
 
 def _grouped(lengths: Sequence[int]) -> Iterable[list[int]]:

@@ -341,9 +341,8 @@ def pooled_walk(draft: Eagle3, target: TinyTarget, batches: list[Batch], tempera
     for batch in batches:
         stats = draft_stats(draft, batch, target.states(batch), target.head, temperature=temperature or 1.0)
         accept = stats.hit if temperature == 0 else stats.accept_prob
-        for row in range(len(batch.tokens)):
-            for count in walk_turns(accept[:, row], stats.mask[:, row], batch.turns[row]):
-                rounds, accepted = rounds + count.rounds, accepted + count.accepted
+        walks = walk_turns(accept, batch.turns)
+        rounds, accepted = rounds + walks.rounds[:, -1].sum(), accepted + walks.accepted[:, -1].sum()
     return 1 + accepted / rounds
 
 

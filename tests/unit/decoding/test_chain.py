@@ -28,7 +28,7 @@ from toy_models import (
 
 from lkspec.decoding.chain import BONUS, PREFILL, Completion, Request
 from lkspec.decoding.sampling import Sampling
-from lkspec.decoding.walk import WalkCount, walk_turn
+from lkspec.decoding.walk import WalkCount, walk_turns
 from lkspec.types import Round
 from lkspec.vocab import DraftVocab
 
@@ -168,8 +168,8 @@ def walk_of(
                 p = sampling.target_probs(logs(target.table)[context])[text[place]]
                 q = draft.vocab.expand(sampling.draft_probs(logs(draft.table)[context]))[text[place]]
                 accept[depth - 1, anchor] = min(1.0, float(q / p))
-    inside = np.arange(len(text)) + 1 + num_depths < len(text)
-    return walk_turn(accept, inside, len(prompt) - 1)
+    turns = torch.tensor([[0] * len(prompt) + [1] * len(completion.tokens)])
+    return walk_turns(torch.from_numpy(accept)[:, None], turns).count(0, num_depths)
 
 
 def whole_rounds(completion: Completion) -> list[Round]:
