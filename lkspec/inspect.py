@@ -39,11 +39,12 @@ def main(config: DictConfig) -> None:
         console.print(Rule(Text(f"{conversation.id}: {conversation.num_supervised} of {num_tokens} tokens supervised")))
         console.print(colour_spans(target.tokenizer, conversation))
     console.print(Rule())
+    read = data.encoded
     total = sum(len(conversation.tokens) for conversation in conversations)
     console.print(
         f"{data.num_conversations:,} conversations, {total:,} tokens, {data.num_supervised_tokens:,} supervised "
-        f"({data.num_supervised_tokens / total:.0%}); coloured: supervised, dim: read only. "
-        f"{data.num_bad_rows} bad rows skipped, {data.num_dropped} conversations without an answer dropped"
+        f"({data.num_supervised_tokens / total:.0%}); coloured: supervised, dim: read only. {read.num_bad_rows} bad "
+        f"rows skipped, {read.num_dropped} conversations without an answer dropped"
     )
 
 

@@ -248,21 +248,33 @@ def _rows(path: str, split: str) -> Iterator[tuple[str, str, object]]:
     """(place for messages, default id, row or undecoded line) of every row of a path."""
     if path.startswith("tiny:"):
         return _numbered(path, tiny_rows(path))
+    files = local_files(path)
+    return _numbered(f"{path} [{split}]", _hub_rows(path, split)) if files is None else _lines(files)
+
+
+def local_files(path: str) -> list[Path] | None:
+    """The files that a path of conversations stands for; None for made-up and for hub data sets.
+
+    Raises:
+        ValueError: as ``read_conversations``, of a path that is a local one.
+    """
+    if path.startswith("tiny:"):
+        return None
     if path.startswith("embedded:"):
-        return _lines([embedded_path(path.removeprefix("embedded:"))])
+        return [embedded_path(path.removeprefix("embedded:"))]
     local = Path(path).expanduser()
     if local.is_dir():
         files = sorted(local.glob("*.jsonl"))
         if not files:
             raise ValueError(f"{path}: expected a folder with .jsonl files, found none in it")
-        return _lines(files)
+        return files
     if local.is_file():
         if local.suffix != ".jsonl":
             raise ValueError(f"{path}: expected a .jsonl file (one JSON object a line)")
-        return _lines([local])
+        return [local]
     if local.suffix == ".jsonl" or path.startswith(("/", ".", "~")):
         raise ValueError(f"{path}: expected a .jsonl file or a folder of them, found nothing there")
-    return _numbered(f"{path} [{split}]", _hub_rows(path, split))
+    return None
 
 
 def _lines(files: list[Path]) -> Iterator[tuple[str, str, object]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,12 +15,45 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lkspec.data.chat import Encoded, encode_conversation
-from lkspec.data.conversations import BadRows, Conversation, OnBadRow, read_conversations
-from lkspec.data.dataset import EncodedStore, EvaluationLoader, StepLoader, StepSampler
-from lkspec.data.planning import plan_evaluation
-from lkspec.types import Batch
+from lkspec.data.conversations import BadRows, OnBadRow, read_conversations
+from lkspec.data.dataset import EncodedStore, EvaluationLoader, StepLoader, StepSampler, collate
+from lkspec.data.planning import MicroBatch, plan_evaluation
+from lkspec.data.token_cache import TokenCache
+from lkspec.types import Batch, text_key
 
 log = logging.getLogger(__name__)
+
+_COMPANY_TOKENS = 16_384  # padded: what fills a GPU
+
+
+@dataclass
+class EncodedData:
+    """Tokenised conversations: those to train on, beyond a limit on their number too, and the held-out ones.
+
+    Attributes:
+        num_bad_rows: left out for a reason of their own.
+        num_dropped: without an answer inside the length that is kept.
+    """
+
+    train: EncodedStore = field(default_factory=EncodedStore)
+    validation: EncodedStore = field(default_factory=EncodedStore)
+    num_bad_rows: int = 0
+    num_dropped: int = 0
+
+    def company(self, max_tokens: int = _COMPANY_TOKENS) -> Callable[[str], Batch | None]:
+        """By a conversation's ``text_key``, the batch of conversations about as long in which it always stands."""
+        batches: dict[str, tuple[EncodedStore, MicroBatch]] = {}
+        for store in (self.train, self.validation):
+            limit = max([max_tokens, *store.lengths])
+            steps = plan_evaluation(store.lengths, range(len(store)), max_tokens=limit, num_replicas=1, rank=0)
+            for (batch,) in steps:
+                batches |= {text_key(torch.tensor(store[index].tokens)): (store, batch) for (index,) in batch}
+
+        def company_of(key: str) -> Batch | None:
+            store, batch = batches.get(key, (None, []))
+            return None if store is None else collate([[store[index] for index in row] for row in batch])
+
+        return company_of
 
 
 class SpeculatorDataModule(LightningDataModule):
@@ -79,14 +113,12 @@ class SpeculatorDataModule(LightningDataModule):
         self.max_length, self.max_tokens, self.accumulate, self.pack = max_length, max_tokens, accumulate, pack
         self.num_workers, self.seed, self.on_bad_row = num_workers, seed, on_bad_row
         self._val_fraction, self._split_seed, self._limit = val_fraction, split_seed, limit_conversations
-        self.num_bad_rows = self.num_dropped = 0
         # A rank without a validation conversation takes part with an empty batch.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._eos_ids: tuple[int, ...] = ()
         self._train: EncodedStore | None = None
-        self._counted: EncodedStore | None = None
-        self._validation: EncodedStore | None = None
+        self._encoded: EncodedData | None = None
 
     def bind(self, tokenizer: PreTrainedTokenizerBase, *, eos_ids: tuple[int, ...], max_positions: int) -> None:
         """Takes the target's tokenizer, end-of-turn tokens and context limit.
@@ -104,58 +136,71 @@ class SpeculatorDataModule(LightningDataModule):
         """Reads and tokenises everything, once.
 
         Raises:
+            ValueError: as ``read``.
+        """
+        if self._train is None:
+            self.adopt(self.read())
+
+    def adopt(self, encoded: EncodedData) -> None:
+        """Takes what ``read`` gives, or gave to a data module of the same files, lengths and split."""
+        self._encoded = encoded
+        self._train = _evenly_spaced(encoded.train, self._limit)
+
+    def read(self) -> EncodedData:
+        """Everything, tokenised.
+
+        Raises:
             ValueError: as ``read_conversations`` and ``encode_conversation``; no conversation left with an answer.
         """
-        if self._train is not None:
-            return
-        self.num_bad_rows = self.num_dropped = 0
-        conversations = self._read(self._train_path)
-        held_out = [c for c in conversations if is_held_out(c.id, fraction=self._val_fraction, seed=self._split_seed)]
-        names = {conversation.id for conversation in held_out}
-        if self._val_fraction and not 0 < len(names) < len(conversations):
+        encoded = EncodedData()
+        everything = self._tokenised(self._train_path, encoded)
+        for index in range(len(everything)):
+            one = everything[index]
+            held_out = is_held_out(one.id, fraction=self._val_fraction, seed=self._split_seed)
+            (encoded.validation if held_out else encoded.train).append(one)
+        if self._val_fraction and not 0 < len(encoded.train) < len(everything):
             raise ValueError(
-                f"data.val_fraction={self._val_fraction} holds out {len(names)} of {len(conversations)} conversations: "
-                "change it, or name a validation set"
+                f"data.val_fraction={self._val_fraction} holds out {len(encoded.validation)} of {len(everything)} "
+                "conversations: change it, or name a validation set"
             )
-        everything, validation = EncodedStore(), EncodedStore()
-        self._encode([c for c in conversations if c.id not in names], everything, self._train_path)
-        if held_out:
-            self._encode(held_out, validation, f"{self._train_path} (held out)")
         for path in self._validation_paths:
-            self._encode(self._read(path), validation, path)
-        self._counted, self._validation = everything, validation
-        self._train = _evenly_spaced(everything, self._limit)
+            validation = self._tokenised(path, encoded)
+            for index in range(len(validation)):
+                encoded.validation.append(validation[index])
+        return encoded
 
-    def _read(self, path: str) -> list[Conversation]:
-        read = read_conversations(path, on_bad_row=self.on_bad_row)
-        self.num_bad_rows += read.bad_rows.count
-        return read.conversations
-
-    def _encode(self, conversations: list[Conversation], store: EncodedStore, path: str) -> None:
-        """Tokenises conversations into a store, without those that have no supervised token left."""
+    def _tokenised(self, path: str, encoded: EncodedData) -> EncodedStore:
+        """The conversations of a path without those that have no supervised token left; what is left out is counted."""
         assert self._tokenizer is not None, "call bind(...) before setup()"
-        bad_rows, num_dropped, num_before = BadRows(self.on_bad_row), 0, len(store)
-        for conversation in conversations:
+        cache = TokenCache(path, self._tokenizer, max_length=self.max_length, eos_ids=self._eos_ids)
+        if (known := cache.load()) is not None:
+            return known
+        read = read_conversations(path, on_bad_row=self.on_bad_row)
+        store, bad_rows, num_dropped = EncodedStore(), BadRows(self.on_bad_row), 0
+        for conversation in read.conversations:
             try:
-                encoded = encode_conversation(
+                one = encode_conversation(
                     self._tokenizer, conversation, max_length=self.max_length, eos_ids=self._eos_ids
                 )
             except ValueError as error:
                 bad_rows.add(path, str(error))
                 continue
-            if encoded.num_supervised:
-                store.append(encoded)
+            if one.num_supervised:
+                store.append(one)
             else:
                 num_dropped += 1
         cut = f"{num_dropped} conversations have no answer within data.max_length={self.max_length}"
-        if len(store) == num_before:
-            raise ValueError(f"{path}: none of {len(conversations)} is left: {cut}, {bad_rows.summary()}")
+        if len(store) == 0:
+            raise ValueError(f"{path}: none of {len(read.conversations)} is left: {cut}, {bad_rows.summary()}")
         if bad_rows.count:
             log.warning("%s: %s", path, bad_rows.summary())
         if num_dropped:
             log.warning("%s: %s", path, cut)
-        self.num_bad_rows += bad_rows.count
-        self.num_dropped += num_dropped
+        encoded.num_bad_rows += read.bad_rows.count + bad_rows.count
+        encoded.num_dropped += num_dropped
+        if not (read.bad_rows.count or bad_rows.count or num_dropped):  # what is left out must be said in every run
+            cache.save(store)
+        return store
 
     def train_dataloader(self) -> StepLoader:
         """Optimiser steps of this rank, each a list of ``accumulate`` batches."""
@@ -215,8 +260,7 @@ class SpeculatorDataModule(LightningDataModule):
         Raises:
             ValueError: the tokenizer made a token that the target's vocabulary does not have.
         """
-        assert self._counted is not None, "call setup() first"
-        counts = np.bincount(self._counted.supervised_tokens(), minlength=vocab_size)
+        counts = np.bincount(self.encoded.train.supervised_tokens(), minlength=vocab_size)
         if counts.size > vocab_size:
             raise ValueError(
                 f"the conversations hold the token {counts.size - 1}, but the target's vocabulary has {vocab_size}: "
@@ -248,8 +292,13 @@ class SpeculatorDataModule(LightningDataModule):
     @property
     def validation_set(self) -> EncodedStore:
         """The validation conversations; empty when there are none."""
-        assert self._validation is not None, "call setup() first"
-        return self._validation
+        return self.encoded.validation
+
+    @property
+    def encoded(self) -> EncodedData:
+        """Everything that was read."""
+        assert self._encoded is not None, "call setup() first"
+        return self._encoded
 
     @property
     def _num_replicas(self) -> int:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
 from jaxtyping import Int
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lkspec.data.chat import Encoded
 from lkspec.data.planning import MicroBatch, Step, plan_batches
+from lkspec.files import atomic_path
 from lkspec.types import Batch
 
 _MIN_SLOTS = 2  # a batch without any conversation still has an anchor and a next token
@@ -54,6 +59,26 @@ class EncodedStore:
     def supervised_tokens(self) -> Int[np.ndarray, " N"]:
         """Ids of all tokens inside assistant turns."""
         return np.asarray(self._tokens)[np.asarray(self._turns) > 0]
+
+    def save(self, path: Path) -> None:
+        """Writes it as a safetensors file."""
+        tensors = {"tokens": self._tokens, "turns": self._turns}
+        arrays = {name: np.asarray(values, dtype=np.int32) for name, values in tensors.items()}
+        names = {"ids": json.dumps(self.ids), "temperatures": json.dumps(self.temperatures)}
+        with atomic_path(path) as temporary:
+            save_file({**arrays, "ends": np.asarray(self._ends)}, temporary, metadata=names)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """What ``save`` wrote."""
+        store = cls()
+        with safe_open(path, framework="numpy") as file:
+            store._tokens.frombytes(file.get_tensor("tokens").tobytes())
+            store._turns.frombytes(file.get_tensor("turns").tobytes())
+            store._ends = file.get_tensor("ends").tolist()
+            names = file.metadata()
+        store.ids, store.temperatures = json.loads(names["ids"]), json.loads(names["temperatures"])
+        return store
 
     def fingerprint(self) -> str:
         """16 hex digits of sha256 over ids, lengths, tokens and turns."""

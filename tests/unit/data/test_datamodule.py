@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from lkspec.data.chat import encode_conversation
 from lkspec.data.conversations import read_conversations
 from lkspec.data.datamodule import SpeculatorDataModule, is_held_out
+from lkspec.types import text_key
 
 CONF = Path(__file__).parents[3] / "conf" / "data"
 
@@ -165,7 +167,7 @@ def test_bad_rows_of_reading_and_of_tokenising_are_counted_and_reported(chat, tm
     with caplog.at_level(logging.WARNING):
         data = ready(chat, train=path, on_bad_row="skip")
     assert data.train_set.ids == ["a", "d"]
-    assert data.num_bad_rows == 2
+    assert data.encoded.num_bad_rows == 2
     assert "empty content" in caplog.text
     assert "conversation 'c': message 1: the content holds the special token '<|im_end|>'" in caplog.text
     good = write(tmp_path / "y.jsonl", [row("a"), row("c", "x <|im_end|> y")])
@@ -178,7 +180,7 @@ def test_conversations_without_an_answer_in_reach_are_dropped_and_counted(chat, 
     with caplog.at_level(logging.WARNING):
         data = ready(chat, train=path, max_length=100)
     assert data.train_set.ids == ["a"]
-    assert data.num_dropped == 1
+    assert data.encoded.num_dropped == 1
     assert "1 conversations have no answer within data.max_length=100" in caplog.text
     with pytest.raises(
         ValueError, match=r"none of 2 is left: 2 conversations have no answer within data.max_length=20"
@@ -224,3 +226,18 @@ def test_the_tiny_set_runs_as_configured(chat):
     data = ready(chat, **config)
     assert len(data.train_dataloader()) >= 4
     assert len(data.validation_set) >= 4
+
+
+def test_a_conversation_has_the_same_company_however_it_is_batched(chat):
+    data = ready(chat, train="tiny:40", val_fraction=0.2)
+    company = data.encoded.company(max_tokens=900)
+    for store in (data.train_set, data.validation_set):
+        for index in range(len(store)):
+            key = text_key(torch.tensor(store[index].tokens))
+            batch = company(key)
+            assert key in {conversation.key for conversation in batch.conversations()}
+            assert batch.tokens.numel() <= 900
+            assert batch.tokens.equal(company(key).tokens)
+    assert company("of nobody") is None
+    sizes = [len(company(text_key(torch.tensor(data.train_set[i].tokens))).ids) for i in range(10)]
+    assert max(sizes) > 1
