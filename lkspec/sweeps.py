@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
@@ -32,6 +32,9 @@ _JOURNAL = "LKSPEC_SWEEP"  # where the journal of the sweep under way is
 KEPT_JOURNAL = "LKSPEC_SWEEP_JOURNAL"  # where a caller wants to find it afterwards
 _POOL = "LKSPEC_GPU_POOL"  # devices of which each process takes one
 _PLUGINS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"}
+
+Made = TypeVar("Made")
+_shared: dict[str, tuple[str, Any]] = {}
 
 console = Console()
 if not console.is_terminal:
@@ -87,6 +90,27 @@ def is_job() -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN and _JOURNAL in os.environ
 
 
+def shared(kind: str, key: Any, make: Callable[[], Made]) -> Made:
+    """What an earlier job of this sweep made in this process for the same key, or else what ``make`` makes.
+
+    Loading the frozen target, tokenising the data and computing the target's states may take longer than a training.
+    One object of each kind is kept, to the end of the sweep; outside sweeps nothing is.
+
+    Args:
+        kind: of thing.
+        key: plain data, everything that the object depends on.
+        make: makes it; the last one of its kind is let go before.
+    """
+    if not is_job():
+        return make()
+    marker = json.dumps([os.environ[_JOURNAL], key], sort_keys=True)
+    known = _shared.get(kind)
+    if known is None or known[0] != marker:
+        _shared.pop(kind, None)
+        known = _shared[kind] = (marker, make())
+    return known[1]
+
+
 def note(**facts: Any) -> None:
     """Adds to the journal what is known of the present job; nothing outside sweeps."""
     if not is_job():
@@ -124,7 +148,7 @@ def run_job(job: Callable[[], Any], explain: Callable[[Exception], str | None]) 
         note(state="failed", error=text or f"{type(error).__name__}: {error}")
         return None
     finally:
-        gc.collect()  # the trainer's cycles hold the states and the target of the job before
+        gc.collect()  # the trainer's cycles hold the draft and the optimiser of the job before
     note(ended=True)
     return result
 
@@ -133,6 +157,7 @@ def finish(*, interrupted: bool) -> int:
     """Says how a sweep ended and closes its journal; returns the exit status, 0 without a sweep."""
     journal = os.environ.pop(_JOURNAL, None)
     os.environ.pop(_POOL, None)
+    _shared.clear()
     if journal is None:
         return 0
     jobs = read_journal(Path(journal))

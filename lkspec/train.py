@@ -33,6 +33,8 @@ from lkspec.targets.memory import RememberedStates
 from lkspec.types import Batch, TargetStates
 from lkspec.vocab import DraftVocab
 
+_BATCHING = ("seed", "max_tokens", "accumulate", "pack", "num_workers", "limit_conversations")  # keys of data
+
 console = Console()
 
 
@@ -54,10 +56,7 @@ def _train(run: Opened) -> dict[str, float]:
     seed_everything(config.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision(config.matmul_precision)
     unroll_options = UnrollOptions(**resolved(config.unroll))
-    target: Target = instantiate(config.target)
-    data: SpeculatorDataModule = instantiate(config.data)
-    data.bind(target.tokenizer, eos_ids=target.eos_ids, max_positions=target.max_positions)
-    data.setup()
+    target, data = _target_and_data(config)
     draft = _build_draft(config, target, data, folder if checkpoint is not None else None)
     draft.unroll_options = unroll_options
     info = {
@@ -67,7 +66,7 @@ def _train(run: Opened) -> dict[str, float]:
     }
     if checkpoint is None and rank_zero_only.rank == 0:
         folder.write_identity(Identity(target.fingerprint, data.fingerprint, code_of(resolved(config))).as_dict())
-    module = _build_module(config, draft, target, _target_states(config, target, data), info)
+    module = _build_module(config, draft, target, _target_states(config, draft, target, data), info)
     facts = run_facts(config, folder, target, info)
     suite = Suite(target, build_benchmarks(config.benchmark), SuiteOptions(**resolved(config.evaluation)), facts)
     trainer = _build_trainer(config, suite, module)
@@ -76,6 +75,21 @@ def _train(run: Opened) -> dict[str, float]:
     # Lightning's word for "with the optimiser and loop states"; the file itself loads under torch's weights_only=True.
     trainer.save_checkpoint(folder.checkpoints_dir / f"step={trainer.global_step}.ckpt", weights_only=False)
     return _finish(trainer, folder, suite, module, seconds=None if checkpoint else time.monotonic() - start)
+
+
+def _target_and_data(config: DictConfig) -> tuple[Target, SpeculatorDataModule]:
+    """The target, and the data tokenised for it; jobs of a sweep have them in common."""
+    target: Target = sweeps.shared("target", resolved(config.target), lambda: instantiate(config.target))
+    data: SpeculatorDataModule = instantiate(config.data)
+    data.bind(target.tokenizer, eos_ids=target.eos_ids, max_positions=target.max_positions)
+    data.adopt(sweeps.shared("data", _data_key(config), data.read))
+    return target, data
+
+
+def _data_key(config: DictConfig) -> list[dict[str, Any]]:
+    """What tokenised data depends on: not how it is batched."""
+    settings = {key: value for key, value in resolved(config.data).items() if key not in _BATCHING}
+    return [resolved(config.target), settings]
 
 
 def _build_draft(config: DictConfig, target: Target, data: SpeculatorDataModule, resumed: RunFolder | None) -> Draft:
@@ -93,13 +107,25 @@ def _build_draft(config: DictConfig, target: Target, data: SpeculatorDataModule,
     return draft
 
 
-def _target_states(config: DictConfig, target: Target, data: SpeculatorDataModule) -> Callable[[Batch], TargetStates]:
+def _target_states(
+    config: DictConfig, draft: Draft, target: Target, data: SpeculatorDataModule
+) -> Callable[[Batch], TargetStates]:
     """Where the target's states come from: the target itself or a capture; either is remembered on request."""
-    if config.states_dir is None:
-        return RememberedStates(target.states, config.states_memory_gb)
-    captured = CapturedStates(Path(config.states_dir), target)
-    captured.check(data.train_set, data.validation_set)
-    return RememberedStates(captured, config.states_memory_gb)
+    states: Callable[[Batch], TargetStates] = target.states
+    if config.states_dir is not None:
+        states = captured = CapturedStates(Path(config.states_dir), target)
+        captured.check(data.train_set, data.validation_set)
+    fills_alone = target.device.type == "cpu" or config.states_dir is not None
+    return sweeps.shared(
+        "states",
+        [_data_key(config), config.states_dir, config.states_memory_gb, draft.reads_aux],
+        lambda: RememberedStates(
+            states,
+            config.states_memory_gb,
+            company=None if fills_alone else data.encoded.company(),
+            with_aux=draft.reads_aux,
+        ),
+    )
 
 
 def _build_module(

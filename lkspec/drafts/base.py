@@ -57,11 +57,13 @@ class Draft(nn.Module):
         paper_eta: eta of ``lk_lambda`` that the paper uses for this architecture.
         served_by: which engines serve this draft with this target today.
         full_vocabulary: whether its usual draft vocabulary is the target's.
+        reads_aux: whether it reads the target's auxiliary states.
         unroll_options: how ``unroll`` runs.
     """
 
     unroll_options: UnrollOptions = UnrollOptions()
     full_vocabulary: ClassVar[bool] = False
+    reads_aux: ClassVar[bool] = False
     served_by: str = "research only: no engine is known to serve this draft"
 
     vocab: DraftVocab

@@ -50,6 +50,8 @@ class Eagle3(Draft):
         ValueError: num_depths < 1, an unknown head_init, or ``target`` where the target's head has a bias.
     """
 
+    reads_aux = True
+
     def __init__(
         self,
         spec: TargetSpec,

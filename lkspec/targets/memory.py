@@ -8,22 +8,37 @@ import torch
 
 from lkspec.types import Batch, BatchConversation, TargetStates
 
+Company = Callable[[str], Batch | None]
+
 
 class RememberedStates:
     """The target's states of a batch, from memory where a conversation was seen before.
 
-    Each conversation is computed by itself, so its states do not depend on which others share the batch, and a run that
-    is resumed with an empty memory continues with the same numbers.
+    Each conversation is computed by itself, or in company that is always the same: its states do not depend on which
+    others share the batch, and a run that is resumed with an empty memory continues with the same numbers.
 
     Args:
         states: computes (or reads from disk) what is not remembered.
-        max_gigabytes: once full, further conversations are computed each time. 0 computes whole batches at once.
+        max_gigabytes: once full, further conversations are computed each time, by themselves. 0 computes whole batches
+            at once.
+        company: by a conversation's ``text_key`` the batch that it is computed in, since one conversation does not fill
+            a GPU; None for one that has no company.
+        with_aux: also remember the auxiliary states; without them they are [.., 0], for drafts that do not read them.
     """
 
-    def __init__(self, states: Callable[[Batch], TargetStates], max_gigabytes: float) -> None:
+    def __init__(
+        self,
+        states: Callable[[Batch], TargetStates],
+        max_gigabytes: float,
+        *,
+        company: Company | None = None,
+        with_aux: bool = True,
+    ) -> None:
         self._states = states
         self._room = int(max_gigabytes * 1e9)
         self._remembers = max_gigabytes > 0
+        self._company = company
+        self._with_aux = with_aux
         self._memory: dict[str, TargetStates] = {}
 
     def __call__(self, batch: Batch) -> TargetStates:
@@ -35,12 +50,21 @@ class RememberedStates:
         known = self._memory.get(conversation.key)
         if known is not None:
             return known
-        alone = conversation.alone()
+        company = self._company(conversation.key) if self._company is not None and self._room > 0 else None
+        computed = company or conversation.alone()
         with torch.inference_mode(False):  # what validation remembers must be usable in training
-            states = self._states(alone)
-        states = TargetStates(aux=states.aux[0], last=states.last[0])
+            states = self._states(computed.to(conversation.tokens.device))
+        found = {each.key: self._of(states, each) for each in computed.conversations()}
+        for key, each in found.items():
+            self._remember(key, each)
+        return found[conversation.key]
+
+    def _of(self, states: TargetStates, conversation: BatchConversation) -> TargetStates:
+        aux, last = (part[conversation.row, conversation.slots] for part in (states.aux, states.last))
+        return TargetStates(aux=aux if self._with_aux else aux.new_empty(*aux.shape[:-1], 0), last=last)
+
+    def _remember(self, key: str, states: TargetStates) -> None:
         size = sum(t.numel() * t.element_size() for t in (states.aux, states.last))
-        if size <= self._room:
+        if size <= self._room and key not in self._memory:
             self._room -= size
-            self._memory[conversation.key] = states
-        return states
+            self._memory[key] = states

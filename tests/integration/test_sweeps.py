@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from command_line import (
 from test_resume import KILL_ONCE
 
 from lkspec import jobs, opening
+from lkspec.data.datamodule import SpeculatorDataModule
 from lkspec.jobs import held
 from lkspec.results import RunFolder
 from lkspec.sweeps import KEPT_JOURNAL, read_journal
+from lkspec.targets.tiny import TinyTarget
 
 SWEEP = (*TINY_RUN, *NO_EVALUATION, "draft=mlp", "trainer.max_steps=2", "on_existing=continue")
 INTERRUPT = """
@@ -86,6 +89,31 @@ def test_a_stale_run_is_listed_with_the_reason_and_trained_again_beside_the_old_
     assert old.name == f"{stale.name}-1"
     assert RunFolder(old).read_identity() == identity
     assert RunFolder(folders()["mlp-kl-tiny-s0"]).read_identity() != identity
+
+
+def test_jobs_share_the_target_and_the_tokenised_data_and_train_as_if_alone(lkspec_cli, monkeypatch):
+    made = Counter()
+
+    def counted(owner, name):
+        original = getattr(owner, name)
+
+        def call(*arguments, **options):
+            made[name] += 1
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(TinyTarget, "_init_from")
+    counted(SpeculatorDataModule, "read")
+    command = (*SWEEP, "states_memory_gb=1", "logger=csv", "loss=lk_alpha")
+    assert lkspec_cli("train", *command, "seed=1", "run_root=alone").code == 0
+    made.clear()
+    assert lkspec_cli("train", "-m", *command, "seed=0,1").code == 0
+    assert made == {"_init_from": 1, "read": 1}
+    assert lkspec_cli("train", "-m", *command, "seed=2,3").code == 0
+    assert made == {"_init_from": 2, "read": 2}, "another sweep reads them anew"
+    alone, shared = folders("alone")["mlp-lk_alpha-tiny-s1"], folders()["mlp-lk_alpha-tiny-s1"]
+    assert_same_training(alone, shared, atol=0)
 
 
 def test_a_plan_without_any_run_knows_no_hours(lkspec_cli):

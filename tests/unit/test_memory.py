@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lkspec.targets.memory import RememberedStates
-from lkspec.types import Batch, TargetStates, stack_rows
+from lkspec.types import Batch, TargetStates, stack_rows, text_key
 
 PLENTY = 1.0
 NUM_STATES = 4 * 64  # numbers a token: three auxiliary states and the last one, H = 64
@@ -144,3 +144,38 @@ def test_what_a_caller_writes_into_the_states_is_not_remembered(tiny_target):
     expected = remembered(batch).last.clone()
     remembered(batch).last.zero_()
     assert remembered(batch).last.equal(expected)
+
+
+def test_a_conversation_is_always_computed_in_the_same_company(counting):
+    together = rows_of([("a", A)], [("c", C)])
+    company = {text_key(A): together, text_key(C): together}
+    remembered = RememberedStates(counting.states, PLENTY, company=company.get)
+    expected = counting.target.states(PADDED)
+    assert_same_states(remembered(PADDED), expected, PADDED)
+    assert counting.computed == [together.ids, (("b",),)]  # c came with a
+    remembered(rows_of([("c", C)]))
+    assert len(counting.computed) == 2
+    other_order = RememberedStates(counting.states, PLENTY, company=company.get)
+    first = other_order(rows_of([("c", C)])).last[0]
+    assert first.equal(remembered(rows_of([("c", C)])).last[0])
+
+
+def test_a_full_memory_computes_without_company(counting):
+    together = rows_of([("a", A)], [("b", B)])
+    company = {text_key(A): together, text_key(B): together}
+    room = len(A) * NUM_STATES * 4
+    remembered = RememberedStates(counting.states, (room + 0.5) / 1e9, company=company.get)
+    for _ in range(2):
+        remembered(rows_of([("a", A)]))
+        remembered(rows_of([("b", B)]))
+    assert counting.computed == [together.ids, (("b",),), (("b",),)]
+
+
+def test_auxiliary_states_are_left_out_where_nobody_reads_them(counting):
+    remembered = RememberedStates(counting.states, (len(A) * 64 * 4 + 0.5) / 1e9, with_aux=False)
+    batch = rows_of([("a", A)])
+    for _ in range(2):
+        states = remembered(batch)
+        assert states.aux.shape == (1, len(A), 0)
+        assert states.last.equal(counting.target.states(batch).last)
+    assert len(counting.computed) == 1
