@@ -163,26 +163,6 @@ class LKLambda(Objective):
         return torch.exp(-self.eta * mean_alpha)
 
 
-class ExpectedLength(Objective):
-    """-log sum_k prod_{j<=k} alpha_j: of the expected number of tokens accepted along the text from an anchor on.
-
-    Its derivative in log alpha_j is -w_j with ``w_j = sum_{k>=j} prod_{i<=k} alpha_i / sum_k prod_{i<=k} alpha_i``, so
-    depths weight themselves: the first has weight 1, a deeper one the share of the accepted tokens that lie behind it.
-    gamma plays no part, as the whole value stands at depth 1. With a single depth this is ``lk_alpha``.
-    """
-
-    def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
-        anchors = stats.mask[0]
-        log_reached = stats.log_alpha.cumsum(0).masked_fill(~stats.mask, -torch.inf)
-        # Zeros where there is no anchor, before the logsumexp, whose gradient is NaN in a column of -inf.
-        log_accepted = log_reached.masked_fill(~anchors, 0.0).logsumexp(0)
-        at_first = -log_accepted.masked_fill(~anchors, 0.0)
-        return torch.cat([at_first[None], torch.zeros_like(stats.log_alpha[1:])])
-
-    def describe(self) -> str:
-        return "expected_length"
-
-
 class JensenShannon(Objective):
     """Jensen-Shannon divergence of p~ and q, in nats: the example of form (b)."""
 

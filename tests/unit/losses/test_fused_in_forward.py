@@ -25,11 +25,11 @@ from fused_cases import (
 )
 from torch import Tensor
 
+from lkspec.losses.expected_length import ExpectedLength
 from lkspec.losses.in_forward import InForward
 from lkspec.losses.objectives import (
     KL,
     TV,
-    ExpectedLength,
     JensenShannon,
     LKAlpha,
     LKLambda,

@@ -222,6 +222,8 @@ def test_masked_sums():
         ("lk_lambda_per_token", "lk_lambda(eta=3, per token)"),
         ("jsd", "jsd"),
         ("expected_length", "expected_length"),
+        ("expected_length_lambda", "expected_length_lambda(eta=10)"),
+        ("lk_lambda_eta_1", "lk_lambda(eta=1, adaptive)"),
         ("filter_aware", "filter_aware(lk_alpha, top_k=0, top_p=0.9)"),
         ("temperature_mixed", "temperature_mixed(lk_alpha, T=0.3..1)"),
     ],
