@@ -29,12 +29,13 @@ def sort_key(text: str) -> tuple[Any, ...]:
 
 
 def objective_label(loss: str, arguments: Mapping[str, Any]) -> str:
-    """The loss with what its arguments set: ``lk_lambda_eta_3``, ``lk_lambda_fixed_0.5``, ``kl``."""
+    """The loss with what its arguments set, unless its name says so: ``lk_lambda_eta_3``, ``lk_lambda_fixed_0.5``."""
     text = loss
     for key, value in arguments.items():
         if value is None or isinstance(value, bool):
             continue
-        text += f"_{label(value)}" if key == "fixed_lambda" else f"_{key}_{label(value)}"
+        said = f"_{label(value)}" if key == "fixed_lambda" else f"_{key}_{label(value)}"
+        text += "" if text.endswith(said) else said
     return text
 
 

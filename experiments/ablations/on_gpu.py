@@ -1,0 +1,180 @@
+"""The ablations on one GPU: answers of the target, the learning rate, sweeps, decoding.
+
+    python experiments/ablations/prompts.py --out answers/prompts                       # needs LKSPEC_DATA
+    python experiments/ablations/on_gpu.py answers --processes 4
+    python experiments/ablations/on_gpu.py lr
+    python experiments/ablations/on_gpu.py train --minutes 20 [--only medusa mlp]
+    python experiments/ablations/on_gpu.py decode --minutes 10
+
+A draft for a small target does not fill a GPU: a step waits for Python, and one process leaves most of the device idle.
+So commands run side by side, each a sweep whose jobs share target, data and states. At the end of the minutes what is
+still running is stopped; the same command goes on there, as finished runs are kept and half a run begins again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lkspec.files import write_text
+from lkspec.results import list_runs
+
+ANSWERS, RUNS, LOGS = Path("answers"), Path("runs/ablation_gpu"), Path("runs/ablation_gpu-logs")
+FILES = {"train": 1, "heldout_t1": 1, "heldout_t0": 0}  # prompt file: temperature of its answers
+RANDOM = "draft.head_init=random"
+DRAFTS = {
+    "eagle3": (RANDOM, "optimizer.lr=2e-3"),
+    "mlp": (RANDOM, "optimizer.lr=4e-3"),
+    "medusa": (RANDOM, "optimizer.lr=4e-3"),
+    "mtp": ("optimizer.lr=2e-3",),  # it has no head to initialise
+}
+MAIN = ("kl", "lk_alpha", "lk_lambda")
+# Who shares a process, as (drafts, seeds, objectives); a slow draft has more processes than a fast one.
+SWEEPS = (
+    *(("eagle3", (seed,), ("kl", "lk_alpha", "tv")) for seed in range(3)),
+    *(("eagle3", (seed,), ("lk_lambda", "expected_length", "lk_lambda_eta_10")) for seed in range(3)),
+    *(("mlp", (0, 1, 2), MAIN), ("mlp", (0, 1, 2), ("expected_length", "lk_lambda_eta_10", "tv"))),
+    *(("medusa", (0, 1, 2), MAIN), ("medusa", (0, 1, 2), ("expected_length", "lk_lambda_eta_3", "tv"))),
+    *(("mtp", (seed,), MAIN) for seed in range(3)),
+    *((draft, (0, 1, 2), ("lk_lambda_eta_1", "lk_lambda_fixed")) for draft in DRAFTS),
+    *((draft, (0, 1, 2), ("filter_aware", "temperature_mixed")) for draft in ("mlp", "eagle3")),
+)
+OTHER_RATES = {"eagle3": "1e-3,4e-3", "mlp": "2e-3,8e-3", "medusa": "2e-3,8e-3", "mtp": "1e-3,4e-3"}  # for kl
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A command that runs beside others."""
+
+    name: str
+    command: tuple[str, ...]
+
+
+def lkspec(verb: str, *overrides: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", f"lkspec.{verb}", *overrides)
+
+
+def sweep(name: str, *overrides: str) -> Lane:
+    return Lane(name, lkspec("train", "-m", "experiment=ablation_gpu", *overrides))
+
+
+def run_lanes(lanes: Sequence[Lane], *, processes: int, minutes: float) -> bool:
+    """Runs lanes in their order, so many at a time; stops what is left at the end. Whether all of them succeeded."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    start, waiting = time.monotonic(), list(lanes)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    ended: dict[str, str] = {}
+    while waiting or running:
+        while waiting and len(running) < processes:
+            lane = waiting.pop(0)
+            with (LOGS / f"{lane.name}.log").open("ab") as log:
+                running[lane.name] = subprocess.Popen(lane.command, stdout=log, stderr=log, env=environment)
+        time.sleep(0.2)
+        seconds = time.monotonic() - start
+        for name in [name for name, process in running.items() if process.poll() is not None]:
+            ended[name] = f"ended with {running.pop(name).returncode} after {seconds:.0f} s"
+            print(f"{name}: {ended[name]}", flush=True)
+        if seconds > 60 * minutes:
+            for name, process in running.items():
+                process.send_signal(signal.SIGKILL)
+                print(f"{name}: stopped after {seconds:.0f} s", flush=True)
+            print(f"not begun: {', '.join(lane.name for lane in waiting) or 'none'}", flush=True)
+            return False
+    return all(text.startswith("ended with 0") for text in ended.values())
+
+
+def answers(options: argparse.Namespace) -> None:
+    """The target's answers to the prompt files, shard by shard; random numbers belong to a prompt, not to a shard."""
+    lanes, shards = [], {}
+    for name, temperature in FILES.items():
+        rows = _lines(ANSWERS / "prompts" / f"{name}.jsonl")
+        count = options.processes if name == "train" else 1
+        shards[name] = [ANSWERS / "shards" / f"{name}-{number}.jsonl" for number in range(count)]
+        for number, out in enumerate(shards[name]):
+            prompts = ANSWERS / "shards" / f"{name}-{number}-prompts.jsonl"
+            prompts.parent.mkdir(parents=True, exist_ok=True)
+            write_text(prompts, "".join(f"{row}\n" for row in rows[number::count]))
+            settings = (f"prompts={prompts}", f"out={out}", f"temperature={temperature}", f"batch_size={options.rows}")
+            fixed = ("max_new_tokens=256", "token_ids=true", "seed=0", "target.dtype=bfloat16")
+            if not out.exists():
+                lanes.append(Lane(out.stem, lkspec("generate", *settings, *fixed)))
+    if not run_lanes(lanes, processes=options.processes + 2, minutes=options.minutes):
+        sys.exit(f"answers are not complete: see {LOGS}, and start the same command again")
+    for name, files in shards.items():
+        texts = [line for file in files for line in _lines(file)]
+        write_text(ANSWERS / f"{name}.jsonl", "".join(f"{line}\n" for line in sorted(texts, key=_id)))
+        tokens = sum(len(json.loads(line)["token_ids"]) for line in texts)
+        print(f"{name}: {len(texts):,} answers, {tokens:,} tokens")
+
+
+def _lines(file: Path) -> list[str]:
+    """Not splitlines: a text may hold U+2028 and other line breaks that JSON does not escape."""
+    return [line for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+
+def _id(line: str) -> str:
+    return str(json.loads(line)["id"])
+
+
+def lr(options: argparse.Namespace) -> None:
+    """kl at other learning rates than the one that all objectives train with."""
+    run_lanes(_other_rates(options.only), processes=options.processes, minutes=options.minutes)
+
+
+def _other_rates(drafts: Sequence[str]) -> list[Lane]:
+    shared = ("loss=kl", "seed=0", "run_root=runs/ablation_gpu_lr")
+    return [
+        sweep(f"lr-{draft}", f"draft={draft}", *DRAFTS[draft], *shared, f"optimizer.lr={OTHER_RATES[draft]}")
+        for draft in drafts
+    ]
+
+
+def train(options: argparse.Namespace) -> None:
+    """Every objective for every draft and seed."""
+    lanes = []
+    for draft, seeds, objectives in SWEEPS:
+        if draft in options.only:
+            name = f"{draft}-{objectives[0]}-s{''.join(map(str, seeds))}"
+            chosen = (f"seed={','.join(map(str, seeds))}", f"loss={','.join(objectives)}")
+            lanes.append(sweep(name, f"draft={draft}", *DRAFTS[draft], *chosen))
+    run_lanes(lanes, processes=options.processes, minutes=options.minutes)
+
+
+def decode(options: argparse.Namespace) -> None:
+    """The three benchmarks, for every run of the main objectives that is there."""
+    runs = [run for run in list_runs(RUNS) if run.is_finished and run.config["names"]["loss"] in MAIN]
+    settings = ("benchmark=paper", f"benchmark.num_prompts={options.prompts}", "+benchmark.max_new_tokens=128",
+                "num_draft_tokens=[4]", "batch_size=128")  # fmt: skip
+    shares = [runs[number :: options.processes] for number in range(options.processes)]
+    lanes = [
+        Lane(f"decode-{number}", lkspec("evaluate", "-m", f"run={','.join(str(run.path) for run in share)}", *settings))
+        for number, share in enumerate(shares)
+        if share
+    ]
+    run_lanes(lanes, processes=options.processes, minutes=options.minutes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    steps = {step.__name__: step for step in (answers, lr, train, decode)}
+    parser.add_argument("step", choices=steps)
+    parser.add_argument("--processes", type=int, default=12, help="commands that run at a time")
+    parser.add_argument("--minutes", type=float, default=60.0, help="after which what still runs is stopped")
+    parser.add_argument("--only", nargs="+", choices=DRAFTS, default=list(DRAFTS), help="drafts")
+    parser.add_argument("--rows", type=int, default=768, help="answers: decoded together by each process")
+    parser.add_argument("--prompts", type=int, default=40, help="decode: of each benchmark")
+    options = parser.parse_args()
+    steps[options.step](options)
+
+
+if __name__ == "__main__":
+    main()
