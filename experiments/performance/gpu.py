@@ -308,8 +308,8 @@ class LinearCase:
             in_forward=InForward.of(LKAlpha(), self.counts) if in_forward else None,
         )
         if in_forward:
-            assert stats.row_value is not None
-            loss = reduce_loss(stats.row_value, self.mask, self.counts)
+            assert stats.value is not None
+            loss = reduce_loss(stats.value, self.mask, self.counts)
         else:
             sums = masked_sums(stats)
             loss = reduce_loss(LKLambda().values(stats, sums["alpha"] / sums["count"]), self.mask, self.counts)
