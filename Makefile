@@ -58,19 +58,23 @@ SEEDS ?= 0,1
 duel: $(CAPTURED)/manifest.json ## LOSS=mine [BASE=kl DRAFT=mlp SEEDS=0,1]: does it get more accepted?
 	$(BIN)/lkspec duel loss=$(LOSS) base=$(BASE) draft=$(DRAFT) seeds=[$(SEEDS)] $(ARGS)
 
-# RUNS='runs/*' takes others; what a table lacks it says, with the command that fills it.
+# RUNS='runs/ablation_gpu/*' OUT=experiments/ablations/gpu takes others. What a table lacks it says, with the command
+# that fills it.
 RUNS ?= runs/ablation/*
-REPORT = $(BIN)/lkspec report runs='$(RUNS)' rows=[draft,objective] baseline=kl
-ABLATIONS := experiments/ablations
-tables: $(INSTALLED) ## prints the tables of the ablations, from runs/ablation (RUNS='...' for others)
-	$(REPORT) value=walk columns=[temperature]
-	$(REPORT) value=alpha columns=[depth] +where.temperature=1
-	$(REPORT) value=walk columns=[temperature,num_draft_tokens] format=csv out=$(ABLATIONS)/results.csv
+OUT ?= experiments/ablations
+REPORT = $(BIN)/lkspec report runs='$(RUNS)' baseline=kl
+TABLE = $(REPORT) rows=[draft,objective]
+PICTURE = $(REPORT) rows=[objective] +where.temperature=1 format=png
+tables: $(INSTALLED) ## prints the tables of the ablations, from runs/ablation (RUNS='...' OUT=... for others)
+	$(TABLE) value=walk columns=[temperature]
+	$(TABLE) value=alpha columns=[depth] +where.temperature=1
+	$(TABLE) value=walk columns=[temperature,num_draft_tokens] format=csv out=$(OUT)/results.csv
+	$(TABLE) value=alpha columns=[temperature,depth] format=csv out=$(OUT)/alpha.csv
 
-figures: $(INSTALLED) ## figures of the paper: the exact ones, and tau over K from runs/ablation
+figures: $(INSTALLED) ## figures of the paper: the exact ones, and tau over K from runs/ablation (RUNS, OUT as above)
 	$(BIN)/python experiments/theory/figures.py
-	$(REPORT) value=walk columns=[temperature,num_draft_tokens] "title='acceptance length, held-out answers'" format=png out=$(ABLATIONS)/tau_over_k.png
-	$(REPORT) value=alpha columns=[depth] +where.temperature=1 "title='acceptance rate, held-out answers, T = 1'" format=png out=$(ABLATIONS)/alpha.png
+	$(PICTURE) value=walk columns=[draft,num_draft_tokens] "title='acceptance length, T = 1'" out=$(OUT)/tau_over_k.png
+	$(PICTURE) value=alpha columns=[draft,depth] "title='acceptance rate, T = 1'" out=$(OUT)/alpha.png
 
 notebooks: $(MODEL) ## execute the notebooks and write them as HTML into notebooks/rendered
 	$(BIN)/python -m nbconvert --to html --execute --output-dir notebooks/rendered notebooks/*.ipynb

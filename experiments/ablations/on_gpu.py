@@ -29,12 +29,11 @@ from lkspec.results import list_runs
 
 ANSWERS, RUNS, LOGS = Path("answers"), Path("runs/ablation_gpu"), Path("runs/ablation_gpu-logs")
 FILES = {"train": 1, "heldout_t1": 1, "heldout_t0": 0}  # prompt file: temperature of its answers
-RANDOM = "draft.head_init=random"
 DRAFTS = {
-    "eagle3": (RANDOM, "optimizer.lr=2e-3"),
-    "mlp": (RANDOM, "optimizer.lr=4e-3"),
-    "medusa": (RANDOM, "optimizer.lr=4e-3"),
-    "mtp": ("optimizer.lr=2e-3",),  # it has no head to initialise
+    "eagle3": ("optimizer.lr=2e-3",),
+    "mlp": ("optimizer.lr=4e-3",),
+    "medusa": ("optimizer.lr=4e-3",),
+    "mtp": ("optimizer.lr=2e-3", "~draft.head_init"),  # it has no head of its own
 }
 MAIN = ("kl", "lk_alpha", "lk_lambda")
 # Who shares a process, as (drafts, seeds, objectives); a slow draft has more processes than a fast one.

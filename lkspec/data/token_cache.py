@@ -37,7 +37,7 @@ class TokenCache:
         depends = {
             "files": [(file.stem, sha256_of(file)) for file in files],
             "code": [sha256_of(here / name) for name in _CODE],
-            "tokenizer": [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template],  # type: ignore[attr-defined]
+            "tokenizer": [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template],
             "settings": [max_length, list(eos_ids)],
         }
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()

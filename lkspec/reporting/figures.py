@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -24,6 +25,8 @@ from lkspec.figure_style import DPI, GREY, STYLE, WIDTH_INCHES, line_colour, lin
 from lkspec.reporting.intervals import Estimate
 from lkspec.reporting.model import OURS, Row, Table
 from lkspec.reporting.renderers.text import column_name
+
+_LABEL_CHARACTERS = 45  # of a line of the vertical label
 
 
 def lines_figure(table: Table) -> Figure:
@@ -57,8 +60,8 @@ def lines_figure(table: Table) -> Figure:
                 )
             axes.set_title(", ".join(column_name(k, t) for k, t in zip(table.column_keys, panel, strict=False)))
             axes.set_xticks(sorted({places[i] for i in chosen}))
-            axes.set_xlabel({"num_draft_tokens": "drafted tokens a round, K", "depth": "depth k"}.get(key, key))
-        grid[0].set_ylabel(table.title)
+        figure.supxlabel({"num_draft_tokens": "drafted tokens a round, K", "depth": "depth k"}.get(key, key))
+        grid[0].set_ylabel(fill(table.title, _LABEL_CHARACTERS))
         handles = [Line2D([], [], label=_name(row), **_look(table, index)) for index, row in enumerate(table.rows)]
         figure.legend(handles=handles, loc="outside right upper")
     return figure
@@ -73,12 +76,13 @@ def _draw_line(axes: Axes, x: Sequence[float], estimates: Sequence[Estimate | No
 
 
 def _look(table: Table, index: int) -> dict[str, Any]:
-    """Colours by the first row key and markers by the others; both by the others where the first has one label."""
+    """Colours by the first row key and markers by the others; both by the one of them that alone tells rows apart."""
     row = table.rows[index]
     firsts = list(dict.fromkeys(other.labels[:1] for other in table.rows))
     rests = list(dict.fromkeys(other.labels[1:] for other in table.rows))
-    marker = rests.index(row.labels[1:])
-    colour = marker if len(firsts) == 1 else firsts.index(row.labels[:1])
+    colour, marker = firsts.index(row.labels[:1]), rests.index(row.labels[1:])
+    colour = marker if len(firsts) == 1 else colour
+    marker = colour if len(rests) == 1 else marker
     style = "-" if row.source == OURS else "--"
     return {"color": line_colour(colour), "marker": line_marker(marker), "linestyle": style}
 

@@ -83,7 +83,7 @@ def test_the_jobs_of_an_ablation_are_all_different_and_begin_at_random(composed,
         if name != "ablation_init":
             assert plain["draft"].get("head_init", "random") == "random"
         assert plain["callbacks"]["acceptance_length"] is None
-        assert plain["states_dir"] == "captured/smollm2_135m-embedded"
+        assert plain["states_dir"] == (None if name == "ablation_gpu" else "captured/smollm2_135m-embedded")
     assert len(hashes) == len(jobs) > 1
 
 

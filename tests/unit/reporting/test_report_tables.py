@@ -365,3 +365,8 @@ def test_objectives_have_the_papers_names_and_lead_back_to_overrides(loss, argum
     assert objective_label(loss, arguments) == text
     numbers = {key: value for key, value in arguments.items() if not isinstance(value, bool)}
     assert objective_overrides(text) == [f"loss={loss}", *(f"loss.{key}={value:g}" for key, value in numbers.items())]
+
+
+def test_an_eta_that_the_name_says_is_not_said_twice():
+    assert objective_label("lk_lambda_eta_10", {"eta": 10.0}) == objective_label("lk_lambda", {"eta": 10.0})
+    assert objective_label("expected_length_lambda", {"eta": 10.0}) == "expected_length_lambda_eta_10"
