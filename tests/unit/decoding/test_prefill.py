@@ -81,7 +81,10 @@ def test_texts_that_the_prefill_ends_are_refilled_before_the_next_round() -> Non
 # --- texts --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["tiny_target", "tiny_gemma3", "tiny_gpt_oss"])
+SLOW_TARGETS = [pytest.param(name, marks=pytest.mark.slow) for name in ("tiny_gemma3", "tiny_gpt_oss")]
+
+
+@pytest.fixture(scope="module", params=["tiny_target", *SLOW_TARGETS])
 def target(request) -> TinyTarget:
     return request.getfixturevalue(request.param)
 

@@ -214,7 +214,7 @@ def walkable(draw: st.DrawFn) -> tuple[Batch, Tensor, Tensor]:
 
 
 @given(walkable(), st.sampled_from([1, 20, 1 << 14]))
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_turns_and_depths_walked_at_once_are_those_walked_one_by_one(drawn, group_anchors: int) -> None:
     batch, accept, _ = drawn
     with pytest.MonkeyPatch.context() as patch:
@@ -236,7 +236,7 @@ def test_turns_and_depths_walked_at_once_are_those_walked_one_by_one(drawn, grou
 
 
 @given(walkable())
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_rows_of_conversations_are_the_sums_over_their_turns(drawn) -> None:
     batch, accept, alpha = drawn
     mask = batch.depth_mask(len(accept))
