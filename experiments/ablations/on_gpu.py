@@ -44,7 +44,10 @@ SWEEPS = (
     *(("medusa", (0, 1, 2), MAIN), ("medusa", (0, 1, 2), ("expected_length", "lk_lambda_eta_3", "tv"))),
     *(("mtp", (seed,), MAIN) for seed in range(3)),
     *((draft, (0, 1, 2), ("lk_lambda_eta_1", "lk_lambda_fixed")) for draft in DRAFTS),
-    *((draft, (0, 1, 2), ("filter_aware", "temperature_mixed")) for draft in ("mlp", "eagle3")),
+    *(
+        (draft, (0, 1, 2), ("expected_length_lambda", "filter_aware", "temperature_mixed"))
+        for draft in ("mlp", "eagle3")
+    ),
 )
 OTHER_RATES = {"eagle3": "1e-3,4e-3", "mlp": "2e-3,8e-3", "medusa": "2e-3,8e-3", "mtp": "1e-3,4e-3"}  # for kl
 
