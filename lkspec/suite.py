@@ -239,14 +239,19 @@ def print_rows(rows: Sequence[ResultRow], *, title: str) -> None:
             str(row.num_draft_tokens),
             f"{row.tau:.3f}",
             f"{row.low:.3f} - {row.high:.3f}",
-            "-" if row.tau_whole_rounds is None else f"{row.tau_whole_rounds:.3f}",
-            "-" if row.walk_tau is None else f"{row.walk_tau:.3f}",
+            _shown(row.tau_whole_rounds, ".3f"),
+            _shown(row.walk_tau, ".3f"),
             " ".join(f"{share:.2f}" for share in row.alpha),
             str(row.num_prompts),
-            "-" if row.tokens_per_second is None else f"{row.tokens_per_second:.1f}",
+            _shown(row.tokens_per_second, ".1f"),
         ]
         table.add_row(*cells, *([f"{row.speedup:.2f}x" if row.speedup else "-"] if with_speedup else []))
     console.print(table)
+
+
+def _shown(value: float | None, form: str) -> str:
+    """A dash where nothing was measured: filtered sampling, for one, has no walk."""
+    return "-" if value is None or math.isnan(value) else format(value, form)
 
 
 def _update(progress: Progress, task: TaskID, done: int, total: int) -> None:

@@ -21,6 +21,7 @@ from lkspec.figures import (
     tau_over_k_figure,
 )
 from lkspec.result_rows import ResultRow
+from lkspec.suite import print_rows
 
 
 def row(benchmark: str, temperature: float, num_draft_tokens: int, rate: float, **changes) -> ResultRow:
@@ -230,3 +231,11 @@ def test_png_is_1600_wide_and_replaced_atomically(tmp_path, monkeypatch, plot):
         plot(path)
     assert path.read_bytes() == content
     assert [file.name for file in path.parent.iterdir()] == ["figure.png"]
+
+
+def test_a_table_of_measurements_shows_what_was_not_measured_as_a_dash(capsys):
+    print_rows([row("gsm8k", 1.0, 2, 0.5, walk_tau=math.nan), row("mt_bench", 1.0, 2, 0.5)], title="t")
+    first, second = (line for line in capsys.readouterr().out.splitlines() if "│" in line and "T" not in line[:6])
+    assert [cell.strip() for cell in first.split("│")[6:8]] == ["-", "-"]
+    assert [cell.strip() for cell in second.split("│")[6:8]] == ["-", "1.760"]
+    assert "nan" not in first
