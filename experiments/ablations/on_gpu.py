@@ -74,7 +74,7 @@ def run_lanes(lanes: Sequence[Lane], *, processes: int, minutes: float) -> bool:
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     start, waiting = time.monotonic(), list(lanes)
     running: dict[str, subprocess.Popen[bytes]] = {}
-    ended: dict[str, str] = {}
+    failed: list[str] = []
     while waiting or running:
         while waiting and len(running) < processes:
             lane = waiting.pop(0)
@@ -83,15 +83,23 @@ def run_lanes(lanes: Sequence[Lane], *, processes: int, minutes: float) -> bool:
         time.sleep(0.2)
         seconds = time.monotonic() - start
         for name in [name for name, process in running.items() if process.poll() is not None]:
-            ended[name] = f"ended with {running.pop(name).returncode} after {seconds:.0f} s"
-            print(f"{name}: {ended[name]}", flush=True)
+            status = running.pop(name).returncode
+            print(f"{name}: ended with {status} after {seconds:.0f} s", flush=True)
+            if status != 0:
+                failed.append(name)
+                print(f"  {_last_line(LOGS / f'{name}.log')} ({LOGS / f'{name}.log'})", flush=True)
         if seconds > 60 * minutes:
             for name, process in running.items():
                 process.send_signal(signal.SIGKILL)
                 print(f"{name}: stopped after {seconds:.0f} s", flush=True)
             print(f"not begun: {', '.join(lane.name for lane in waiting) or 'none'}", flush=True)
             return False
-    return all(text.startswith("ended with 0") for text in ended.values())
+    return not failed
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").split("\n") if line.strip()]
+    return lines[-1].strip() if lines else "it wrote nothing"
 
 
 def answers(options: argparse.Namespace) -> None:
@@ -120,6 +128,8 @@ def answers(options: argparse.Namespace) -> None:
 
 def _lines(file: Path) -> list[str]:
     """Not splitlines: a text may hold U+2028 and other line breaks that JSON does not escape."""
+    if not file.is_file():
+        sys.exit(f"expected prompts at {file}, found nothing there: make them with prompts.py --out {file.parent}")
     return [line for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 

@@ -48,10 +48,16 @@ def test_lanes_run_in_their_order_so_many_at_a_time(on_gpu, capsys):
     assert "a: ended with 0" in capsys.readouterr().out
 
 
-def test_a_failed_lane_is_told(on_gpu):
-    assert not on_gpu.run_lanes(
-        [lane(on_gpu, "good", ""), lane(on_gpu, "bad", "raise SystemExit(3)")], processes=2, minutes=1
-    )
+def test_a_failed_lane_is_told_with_its_last_line(on_gpu, capsys):
+    lanes = [lane(on_gpu, "good", ""), lane(on_gpu, "bad", "raise SystemExit('no such data')")]
+    assert not on_gpu.run_lanes(lanes, processes=2, minutes=1)
+    assert "bad: ended with 1" in (out := capsys.readouterr().out)
+    assert "no such data (runs/ablation_gpu-logs/bad.log)" in out
+
+
+def test_missing_prompts_are_told_with_the_command_that_makes_them(on_gpu):
+    with pytest.raises(SystemExit, match=r"expected prompts at answers/prompts/train.jsonl.*prompts.py --out"):
+        on_gpu.answers(argparse.Namespace(processes=3, minutes=1.0, rows=8))
 
 
 def test_the_deadline_stops_what_runs_and_names_what_has_not_begun(on_gpu, capsys):
