@@ -9,12 +9,17 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from lkspec.data.conversations import local_files
 from lkspec.data.dataset import EncodedStore
+from lkspec.data.sources import local_files
 from lkspec.files import cache_dir, sha256_of
 
 _MIN_CONVERSATIONS = 1000  # fewer are tokenised again
-_CODE = ("chat.py", "conversations.py", "dataset.py")  # beside this file: what a tokenised conversation depends on
+_CODE = (
+    "chat.py",
+    "conversations.py",
+    "dataset.py",
+    "sources.py",
+)  # beside this file: what a tokenised conversation depends on
 
 
 class TokenCache:

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from lkspec.data import conversations as module
+from lkspec.data import sources
 from lkspec.data.conversations import Conversation, Message, parse_row, read_conversations
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
@@ -204,7 +204,7 @@ def test_on_bad_row_is_checked(tmp_path):
 def test_embedded_paths_name_packaged_files(tmp_path, monkeypatch):
     (tmp_path / "embedded").mkdir()
     write_rows(tmp_path / "embedded" / "train.jsonl", [GOOD])
-    monkeypatch.setattr(module.importlib.resources, "files", lambda package: {"lkspec.data": tmp_path}[package])
+    monkeypatch.setattr(sources.importlib.resources, "files", lambda package: {"lkspec.data": tmp_path}[package])
     assert read_conversations("embedded:train.jsonl").conversations == [Conversation("train:1", PAIR)]
     with pytest.raises(ValueError, match=r"no such packaged data set; there are: train.jsonl"):
         read_conversations("embedded:other.jsonl")

@@ -1,0 +1,80 @@
+"""Where conversations lie: JSONL files, folders of them, hub data sets, packaged files, and made-up ones."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lkspec.data.tiny import tiny_rows
+
+
+def rows_of(path: str, split: str) -> Iterator[tuple[str, str, object]]:
+    """(place for messages, default id, row or undecoded line) of every row of a path."""
+    if path.startswith("tiny:"):
+        return _numbered(path, tiny_rows(path))
+    files = local_files(path)
+    return _numbered(f"{path} [{split}]", _hub_rows(path, split)) if files is None else _lines(files)
+
+
+def local_files(path: str) -> list[Path] | None:
+    """The files that a path of conversations stands for; None for made-up and for hub data sets.
+
+    Raises:
+        ValueError: as ``read_conversations``, of a path that is a local one.
+    """
+    if path.startswith("tiny:"):
+        return None
+    if path.startswith("embedded:"):
+        return [embedded_path(path.removeprefix("embedded:"))]
+    local = Path(path).expanduser()
+    if local.is_dir():
+        files = sorted(local.glob("*.jsonl"))
+        if not files:
+            raise ValueError(f"{path}: expected a folder with .jsonl files, found none in it")
+        return files
+    if local.is_file():
+        if local.suffix != ".jsonl":
+            raise ValueError(f"{path}: expected a .jsonl file (one JSON object a line)")
+        return [local]
+    if local.suffix == ".jsonl" or path.startswith(("/", ".", "~")):
+        raise ValueError(f"{path}: expected a .jsonl file or a folder of them, found nothing there")
+    return None
+
+
+def _lines(files: list[Path]) -> Iterator[tuple[str, str, object]]:
+    for path in files:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", f"{path.stem}:{number}", line
+
+
+def _numbered(name: str, rows: Iterable[object]) -> Iterator[tuple[str, str, object]]:
+    for number, row in enumerate(rows, start=1):
+        yield f"{name} row {number}", f"row:{number}", row
+
+
+def embedded_path(name: str) -> Path:
+    """A data file packaged with lkspec.
+
+    Raises:
+        ValueError: no such file; lists those there are.
+    """
+    folder = Path(str(importlib.resources.files("lkspec.data") / "embedded"))
+    if not (folder / name).is_file():
+        there = ", ".join(sorted(file.name for file in folder.glob("*.jsonl"))) or "none"
+        raise ValueError(f"embedded:{name}: no such packaged data set; there are: {there}")
+    return folder / name
+
+
+def _hub_rows(path: str, split: str) -> Iterable[object]:
+    from datasets import load_dataset  # slow to import, and only needed here
+
+    try:
+        return load_dataset(path, split=split)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected a .jsonl file, a folder of them or the id of a hub data set with the split {split!r}; "
+            f"nothing lies there locally, and the hub says: {f'{type(error).__name__}: {error}'.splitlines()[0]}"
+        ) from error
