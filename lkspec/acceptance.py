@@ -39,6 +39,7 @@ def draft_stats(
         draft.vocab,
         batch.tokens,
         batch.depth_mask(len(hidden)),
+        target_summary=states.summary,
         **options,
     )
 

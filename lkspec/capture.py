@@ -24,6 +24,7 @@ from lkspec.data.capture_format import DTYPE, MANIFEST, bytes_per_token
 from lkspec.data.captured import CapturedStates, CaptureWriter, capture_writer, store_keys
 from lkspec.data.datamodule import SpeculatorDataModule
 from lkspec.data.dataset import EncodedStore, collate
+from lkspec.losses.head_summary import head_summary
 from lkspec.targets.base import Target
 from lkspec.types import TargetStates
 
@@ -82,13 +83,13 @@ def _distinct_texts(data: SpeculatorDataModule) -> list[_Text]:
 
 
 def _states(text: _Text, target: Target) -> TargetStates:
-    """The states [L, AH] and [L, H] of a conversation, as they are stored.
+    """The states [L, AH] and [L, H] of a conversation and their summary, as they are stored.
 
     Each by itself: then they depend neither on the order nor on where an earlier call stopped, and no padding is read.
     """
     states = target.states(collate([[text.store[text.index]]]))
-    aux, last = (part[0, : text.num_tokens].to(DTYPE).cpu() for part in (states.aux, states.last))
-    return TargetStates(aux=aux, last=last)
+    aux, last = (part[0, : text.num_tokens].to(DTYPE) for part in (states.aux, states.last))
+    return TargetStates(aux, last, head_summary(target.head, last))
 
 
 def _capture(waiting: Sequence[_Text], target: Target, writer: CaptureWriter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lkspec.data.datamodule import SpeculatorDataModule
 from lkspec.drafts.base import Draft, UnrollOptions
 from lkspec.evaluation import Measurement
 from lkspec.jobs import SECONDS, Identity, code_of
+from lkspec.losses.head_summary import head_summary
 from lkspec.module import SpeculatorModule
 from lkspec.opening import Opened, opened_run, planned
 from lkspec.results import RunFolder
@@ -118,11 +120,12 @@ def _target_states(
     fills_alone = target.device.type == "cpu" or config.states_dir is not None
     return sweeps.shared(
         "states",
-        [_data_key(config), config.states_dir, config.states_memory_gb, draft.reads_aux],
+        [_data_key(config), config.states_dir, config.states_memory_gb, draft.reads_aux, draft.vocab.is_full],
         lambda: RememberedStates(
             states,
             config.states_memory_gb,
             company=None if fills_alone else data.encoded.company(),
+            summarise=None if draft.vocab.is_full else partial(head_summary, target.head),
             with_aux=draft.reads_aux,
         ),
     )

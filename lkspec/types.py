@@ -20,14 +20,16 @@ from torch import Tensor, nn
 
 
 class _Movable:
-    """Moves every tensor field of a frozen dataclass at once."""
+    """Moves every tensor of a frozen dataclass at once, those of its parts too."""
 
     def to(self, device: torch.device | str) -> Self:
-        moved = {}
+        moved: dict[str, object] = {}
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 moved[field.name] = value.to(device, non_blocking=True)
+            elif isinstance(value, _Movable):
+                moved[field.name] = value.to(device)
         return replace(self, **moved)  # type: ignore[type-var]
 
 
@@ -107,16 +109,34 @@ def text_key(tokens: Int[Tensor, " L"]) -> str:
 
 
 @dataclass(frozen=True)
+class HeadSummary(_Movable):
+    """What the logits of the target's head come to over the whole vocabulary, at temperature 1 and unfiltered.
+
+    With these two numbers a slot, p over a draft vocabulary takes the head's rows of that vocabulary alone:
+    ``log p_v = z_v - log_normaliser``.
+
+    Attributes:
+        log_normaliser: log sum_v exp z_v, in float32 at least.
+        argmax: the token of the largest logit.
+    """
+
+    log_normaliser: Float[Tensor, "*slots"]
+    argmax: Int[Tensor, "*slots"]
+
+
+@dataclass(frozen=True)
 class TargetStates(_Movable):
-    """What a draft may read of the target at each slot.
+    """What a draft may read of the target at each slot, and what a loss may.
 
     Attributes:
         aux: the auxiliary hidden states (those that enter three of its layers), concatenated low to high.
         last: the hidden state that multiplies the target's head (after the final norm).
+        summary: of ``last``'s logits; None where nobody has computed it.
     """
 
     aux: Float[Tensor, "B T AH"]
     last: Float[Tensor, "B T H"]
+    summary: HeadSummary | None = None
 
     @classmethod
     def of_conversations(cls, batch: Batch, parts: Iterable[tuple[BatchConversation, TargetStates]]) -> TargetStates:
@@ -124,12 +144,25 @@ class TargetStates(_Movable):
         whole: TargetStates | None = None
         for conversation, states in parts:
             if whole is None:
-                aux, last = (part.new_zeros(*batch.tokens.shape, part.shape[-1]) for part in (states.aux, states.last))
-                whole = cls(aux=aux, last=last)
-            whole.aux[conversation.row, conversation.slots] = states.aux
-            whole.last[conversation.row, conversation.slots] = states.last
+                whole = cls._of(part.new_zeros(*batch.tokens.shape, *part.shape[1:]) for part in states.tensors())
+            for place, part in zip(whole.tensors(), states.tensors(), strict=True):
+                place[conversation.row, conversation.slots] = part
         assert whole is not None, "a batch without any conversation has no states to put together"
         return whole
+
+    @classmethod
+    def _of(cls, tensors: Iterable[Tensor]) -> TargetStates:
+        aux, last, *summary = tensors
+        return cls(aux=aux, last=last, summary=HeadSummary(*summary) if summary else None)
+
+    def at(self, *index: int | slice) -> TargetStates:
+        """Those of some slots."""
+        return self._of(tensor[index] for tensor in self.tensors())
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, the summary's last."""
+        summary = () if self.summary is None else (self.summary.log_normaliser, self.summary.argmax)
+        return (self.aux, self.last, *summary)
 
 
 @dataclass(frozen=True)
@@ -200,10 +233,6 @@ class FreshStates(_Movable):
     positions: Int[Tensor, "B S"]
     states: TargetStates
     lengths: Int[Tensor, " B"]
-
-    def to(self, device: torch.device | str) -> Self:
-        moved = super().to(device)
-        return replace(moved, states=self.states.to(device))
 
 
 @dataclass(frozen=True)

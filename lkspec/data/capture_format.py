@@ -3,10 +3,14 @@
 A capture is a folder::
 
     manifest.json            what the states are of (``capture_identity``) and the shards that count
-    shard-00000.safetensors  a tensor [L, AH + H] in bfloat16 for each conversation: auxiliary states low to high, last
+    shard-00000.safetensors  a tensor [L, AH + H + 4] in bfloat16 for each conversation
     .lock                    held by the one writer
 
-It takes ``2 (A + 1) H`` bytes a token: 4,608 for SmolLM2-135M (A = 3, H = 576), 32,768 for a target with H = 4096.
+A token's row has its auxiliary states, low to high, its last state, and in the bits of the last four columns what the
+logits of that last state, as it is stored, come to over the whole vocabulary: log_normaliser (float32), argmax (int32).
+With them a draft over part of the vocabulary trains without the products with the rest of the target's head.
+
+It takes ``2 (A + 1) H + 8`` bytes a token: 4,616 for SmolLM2-135M (A = 3, H = 576), 32,776 for a target with H = 4096.
 
 The states of a conversation depend on the target and its tokens alone, so its tensor is named by ``text_key``: ids may
 change, a run may use any part of what was captured, and a capture can be added to. Other data are therefore refused by
@@ -32,10 +36,12 @@ from torch import Tensor
 
 from lkspec.files import atomic_path, write_text
 from lkspec.targets.base import Target
+from lkspec.types import HeadSummary, TargetStates
 
 DTYPE = torch.bfloat16
 MANIFEST = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
+_SUMMARY_COLUMNS = 4
 _LENGTH_BYTES = 8  # a safetensors file: length of the header in 8 bytes, the header in JSON, the data
 
 
@@ -65,7 +71,7 @@ def capture_identity(target: Target) -> dict[str, str]:
 
 def bytes_per_token(target: Target) -> int:
     """Bytes that a capture takes for each token."""
-    return (target.spec.num_aux + 1) * target.spec.dims.hidden_size * DTYPE.itemsize
+    return ((target.spec.num_aux + 1) * target.spec.dims.hidden_size + _SUMMARY_COLUMNS) * DTYPE.itemsize
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,22 @@ class Manifest:
         ]
         if differing:
             raise ValueError(f"{folder} was captured for something else ({'; '.join(differing)}): {remedy}")
+
+
+def pack(states: TargetStates) -> Float[Tensor, "L C"]:
+    """A conversation's tensor, from its states [L, AH] and [L, H] and their summary [L]."""
+    assert states.summary is not None
+    normaliser, argmax = states.summary.log_normaliser.float(), states.summary.argmax.int()
+    bits = torch.stack([normaliser.view(torch.int32), argmax], dim=-1).cpu().view(torch.int16)
+    columns = (part.to(DTYPE).cpu().view(torch.int16) for part in (states.aux, states.last))
+    return torch.cat([*columns, bits], dim=-1).view(DTYPE)  # as integers, lest arithmetic tidies a NaN's bits
+
+
+def unpack(tensor: Float[Tensor, "L C"], columns: dict[str, int]) -> TargetStates:
+    """The states and their summary in a conversation's tensor, whose ``columns`` the manifest names."""
+    aux, last, bits = tensor.split([columns["aux"], columns["last"], _SUMMARY_COLUMNS], dim=-1)
+    normaliser, argmax = bits.contiguous().view(torch.int32).unbind(-1)
+    return TargetStates(aux, last, HeadSummary(normaliser.contiguous().view(torch.float32), argmax.long()))
 
 
 class Entry(NamedTuple):

@@ -23,8 +23,10 @@ from lkspec.data.capture_format import (
     Entry,
     Manifest,
     Shard,
+    pack,
     read_header,
     read_tensor,
+    unpack,
     write_shard,
 )
 from lkspec.data.dataset import EncodedStore
@@ -95,18 +97,16 @@ class CapturedStates:
         else:  # a rank that has run out validates a batch without any text
             aux, last = (torch.zeros(*batch.tokens.shape, columns[name], dtype=DTYPE) for name in ("aux", "last"))
             states = TargetStates(aux=aux, last=last)
-        # Moved as bfloat16, all conversations together.
-        aux, last = (part.to(self._device).to(self._dtype) for part in (states.aux, states.last))
-        return TargetStates(aux=aux, last=last)
+        states = states.to(self._device)  # as bfloat16, all conversations together
+        return replace(states, aux=states.aux.to(self._dtype), last=states.last.to(self._dtype))
 
     def _conversation(self, conversation: BatchConversation) -> TargetStates:
         key = conversation.key
         if key not in self._entries:
             raise ValueError(self._missing([conversation.name], "a conversation"))
-        both = read_tensor(self._entries[key], check=key not in self._checked)
+        tensor = read_tensor(self._entries[key], check=key not in self._checked)
         self._checked.add(key)
-        aux, last = both.split([self._manifest.columns["aux"], self._manifest.columns["last"]], dim=-1)
-        return TargetStates(aux=aux, last=last)
+        return unpack(tensor, self._manifest.columns)
 
 
 class CaptureWriter:
@@ -146,8 +146,8 @@ class CaptureWriter:
         return key in self._keys
 
     def add(self, key: str, states: TargetStates) -> None:
-        """Takes the states [L, AH] and [L, H] of one conversation, named by its ``text_key``."""
-        tensor = torch.cat([states.aux, states.last], dim=-1).to(DTYPE).cpu()
+        """Takes the states [L, AH] and [L, H] of one conversation and their summary, named by its ``text_key``."""
+        tensor = pack(states)
         self._tensors[key] = tensor
         self._keys.add(key)
         self._num_bytes += tensor.nbytes

@@ -17,7 +17,7 @@ from lkspec.losses.scratch import Scratch
 from lkspec.losses.served_rows import ServedRows
 from lkspec.losses.target_filter import TargetFilter
 from lkspec.losses.target_rows import Logits
-from lkspec.types import LinearHead
+from lkspec.types import HeadSummary, LinearHead
 from lkspec.vocab import DraftVocab
 
 _CPU_BYTES, _CPU_ROWS = 96 * 2**20, (256, 1024)
@@ -52,6 +52,7 @@ class ChunkWalk:
 
     Attributes:
         learns: whether anything will ask for gradients.
+        summary: of the target's logits at every slot [B, T]; None where p is read over the whole vocabulary.
         Others: as ``fused_token_stats`` describes them.
     """
 
@@ -66,6 +67,7 @@ class ChunkWalk:
     served: ServedRows
     autocast_dtype: torch.dtype | None
     learns: bool
+    summary: HeadSummary | None
 
     @cached_property
     def parameters(self) -> tuple[Tensor, ...]:
@@ -92,6 +94,13 @@ class ChunkWalk:
         length = -(-num_rows // max(self.num_chunks, 1))
         for begin in range(0, num_rows, max(length, 1)):
             yield slice(begin, min(begin + length, num_rows))
+
+    def summary_of(self, rows: slice) -> HeadSummary:
+        """That of a chunk."""
+        assert self.summary is not None
+        slots = self.served.rows[rows]
+        normaliser, argmax = self.summary.log_normaliser.flatten()[slots], self.summary.argmax.flatten()[slots]
+        return HeadSummary(normaliser.to(self.dtype), argmax)
 
     def groups(self) -> Iterator[slice]:
         """Slices of the depths (from 0) whose rows share a product."""
@@ -135,19 +144,13 @@ class ChunkPass:
     def target_logits(self, rows: slice) -> Logits:
         """The target's logits of a chunk."""
         hidden = self._flat_target[self._walk.served.rows[rows]]
-        product = self._product("target_product", hidden.to(self._target_head.weight.dtype), self._target_head)
+        product = _product("target_product", hidden.to(self._target_head.weight.dtype), self._target_head, self.scratch)
         return Logits(product, self._target_head, self._walk.temperature)
 
     def target_pieces(self, rows: slice) -> Iterator[tuple[slice, Logits]]:
         """The same over slices of the vocabulary, each valid until the next is asked for."""
-        head, temperature = self._target_head, self._walk.temperature
-        hidden = self._flat_target[self._walk.served.rows[rows]].to(head.weight.dtype)
-        width = max(_PIECE_COLUMNS, _PIECE_BYTES // (4 * len(hidden)))
-        for begin in range(0, len(head.weight), width):
-            columns = slice(begin, min(begin + width, len(head.weight)))
-            bias = None if head.bias is None else head.bias[columns]
-            piece = replace(head, weight=head.weight[columns], bias=bias)
-            yield columns, Logits(self._product("target_product", hidden, piece), piece, temperature)
+        hidden = self._flat_target[self._walk.served.rows[rows]]
+        return logit_pieces(hidden, self._target_head, self._walk.temperature, self.scratch)
 
     def draft_logits(self, rows: slice, gradients: HeadGradients | None) -> Iterator[tuple[int, Logits]]:
         """The draft's logits of a chunk at each depth (from 0), valid until the next is asked for.
@@ -160,16 +163,31 @@ class ChunkPass:
             anchors = served.anchors[depths, rows].flatten()
             # Zeros BEFORE any arithmetic, so that a NaN at a masked entry meets neither a value nor a gradient.
             hidden = self._flat_hidden[anchors].masked_fill(~needed[:, None], 0.0).to(head.weight.dtype)
-            flat = self._product("draft_product", hidden, head)
+            flat = _product("draft_product", hidden, head, self.scratch)
             products = flat.view(-1, rows.stop - rows.start, len(head.weight))
             for depth, product in enumerate(products, start=depths.start):
                 yield depth, Logits(product, self._heads[depth], self._walk.temperature)
             if gradients is not None:
                 gradients.add(depths, anchors, hidden, head.weight, products)
 
-    def _product(self, name: str, hidden: Float[Tensor, "R H"], head: LinearHead) -> Float[Tensor, "R W"]:
-        product = self.scratch(name, len(hidden), len(head.weight), dtype=hidden.dtype)
-        return torch.mm(hidden, head.weight.T, out=product)
+
+def logit_pieces(
+    hidden: Float[Tensor, "R H"], head: LinearHead, temperature: float, scratch: Scratch
+) -> Iterator[tuple[slice, Logits]]:
+    """Logits over slices of the vocabulary that fit a CPU's cache, in order, each valid until the next is asked for."""
+    hidden, width = hidden.to(head.weight.dtype), len(head.weight)
+    if hidden.device.type == "cpu":
+        width = max(_PIECE_COLUMNS, _PIECE_BYTES // (4 * max(len(hidden), 1)))
+    for begin in range(0, len(head.weight), width):
+        columns = slice(begin, min(begin + width, len(head.weight)))
+        bias = None if head.bias is None else head.bias[columns]
+        piece = replace(head, weight=head.weight[columns], bias=bias)
+        yield columns, Logits(_product("target_product", hidden, piece, scratch), piece, temperature)
+
+
+def _product(name: str, hidden: Float[Tensor, "R H"], head: LinearHead, scratch: Scratch) -> Float[Tensor, "R W"]:
+    product = scratch(name, len(hidden), len(head.weight), dtype=hidden.dtype)
+    return torch.mm(hidden, head.weight.T, out=product)
 
 
 def _columns(head: LinearHead, vocab: DraftVocab) -> LinearHead:

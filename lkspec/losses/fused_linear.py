@@ -36,7 +36,7 @@ from lkspec.losses.head_gradients import HeadGradients
 from lkspec.losses.in_forward import InForward
 from lkspec.losses.served_rows import served_rows
 from lkspec.losses.target_filter import TargetFilter
-from lkspec.types import LinearHead, TokenStats
+from lkspec.types import HeadSummary, LinearHead, TokenStats
 from lkspec.vocab import DraftVocab
 
 _STATS = ("kl", "reverse_kl", "log_alpha", "accept_prob", "top1", "hit", "coverage")
@@ -55,6 +55,7 @@ def fused_token_stats(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    target_summary: HeadSummary | None = None,
     row_value: RowValue | None = None,
     in_forward: InForward | None = None,
     chunk_size: int | None = None,
@@ -64,6 +65,8 @@ def fused_token_stats(
     Args:
         hidden, heads, target_hidden, target_head, vocab, tokens, mask: as in ``token_stats``.
         temperature, top_k, top_p: as in ``token_stats``; backward filters again.
+        target_summary: what ``target_hidden``'s logits come to, [B, T]: spares their products with the head outside a
+            truncated draft vocabulary. Not read where p is filtered or of another temperature than 1.
         row_value: a form (b) objective; its values, ``TokenStats.row_value``, carry gradients too. Its own arithmetic
             runs under autograd, a cache's worth of rows at a time.
         in_forward: forms this objective's gradient at once, if it can; its values are then ``TokenStats.value``, and
@@ -73,22 +76,25 @@ def fused_token_stats(
     Raises:
         ValueError: as ``token_stats``.
     """
+    target_filter = TargetFilter(top_k, top_p)
     if chunk_size is None:
-        filtered = TargetFilter(top_k, top_p).is_on
-        chunk_size = chunk_rows(vocab, len(heads), hidden.device, filtered=filtered)
+        chunk_size = chunk_rows(vocab, len(heads), hidden.device, filtered=target_filter.is_on)
     check_arguments(hidden, heads, chunk_size, temperature)
+    if vocab.is_full or target_filter.is_on or temperature != 1.0:
+        target_summary = None
     walk = ChunkWalk(
         heads=tuple(heads),
         target_head=target_head,
         vocab=vocab,
         temperature=temperature,
-        target_filter=TargetFilter(top_k, top_p),
+        target_filter=target_filter,
         row_value=row_value,
         in_forward=in_forward,
         chunk_size=chunk_size,
         served=served_rows(mask),
         autocast_dtype=_autocast_dtype(hidden),
         learns=torch.is_grad_enabled(),
+        summary=target_summary,
     )
     if in_forward is not None and in_forward.reads_mean_alpha and walk.num_chunks > 1:
         walk = replace(walk, in_forward=None)
@@ -150,7 +156,7 @@ class _FusedStats(torch.autograd.Function):
         gradients = _gradients(ctx, walk, hidden) if walk.learns and walk.in_forward is not None else None
         with torch.autocast(hidden.device.type, enabled=False):  # the walk has chosen the precision
             on_rows = row_functions(walk, hidden.device)
-            run = ChunkPass(walk, hidden, target_hidden, columns=False)
+            run = ChunkPass(walk, hidden, target_hidden, columns=walk.summary is not None)
             for rows in walk.chunks():
                 target = _read_target(on_rows, walk, run, rows)
                 log_coverage[rows] = target.log_coverage
@@ -203,6 +209,8 @@ class _FusedStats(torch.autograd.Function):
 def _read_target(on_rows: ModuleType, walk: ChunkWalk, run: ChunkPass, rows: slice) -> Any:
     """The target's side of a chunk: on a CPU without its logits, where the draft vocabulary leaves most of them out."""
     options: dict[str, Any] = {"keep_probs": len(walk.heads) > 1}
+    if walk.summary is not None:
+        return on_rows.read_target_inside(run.target_logits(rows), walk.summary_of(rows), run.scratch, **options)
     wide = walk.vocab.is_full or walk.target_filter.is_on or products_span_depths(walk.served.rows.device)
     if wide or on_rows is not fused_rows:
         return on_rows.read_target(run.target_logits(rows), walk.vocab, walk.target_filter, run.scratch, **options)

@@ -25,12 +25,21 @@ from lkspec.losses.target_rows import (
     blocks,
     read_target,
     read_target_columns,
+    read_target_inside,
     read_target_pieces,
     softmax_into,
 )
 from lkspec.vocab import DraftVocab
 
-__all__ = ["RowStats", "d_logits", "read_target", "read_target_columns", "read_target_pieces", "row_stats"]
+__all__ = [
+    "RowStats",
+    "d_logits",
+    "read_target",
+    "read_target_columns",
+    "read_target_inside",
+    "read_target_pieces",
+    "row_stats",
+]
 
 #: Above it a sum of probabilities in float32 loses nothing to underflow (1e-38 each, a vocabulary of them).
 EXACT_BELOW = 1e-20

@@ -33,6 +33,7 @@ from lkspec.losses.divergences import LOG_ZERO
 from lkspec.losses.scratch import Scratch
 from lkspec.losses.target_filter import TargetFilter
 from lkspec.losses.target_rows import Logits
+from lkspec.types import HeadSummary
 from lkspec.vocab import DraftVocab
 
 _VECTOR = tl.constexpr(8)  # neighbouring columns of a lane: 16 bytes of bfloat16
@@ -461,6 +462,23 @@ def read_target(
     _, mass, offset = state
     log_coverage = torch.zeros_like(mass) if vocab.is_full else (mass.log2() - offset) / _LOG2_E.value
     return TargetRows(columns, scale, state, log_coverage, top1)
+
+
+def read_target_inside(
+    logits: Logits,
+    summary: HeadSummary,
+    scratch: Scratch,
+    *,
+    keep_probs: bool = False,
+    tile: Tile | None = None,
+) -> TargetRows:
+    """As ``target_rows.read_target_inside``."""
+    values, scale = _readable(logits)
+    state, _ = _read(values, values, scale, None, tile)
+    shift, mass, offset = state
+    # Not below the normaliser of what is inside: coverage is at most 1, whatever precision the other was made in.
+    torch.maximum(offset, summary.log_normaliser * _LOG2_E.value - shift, out=offset)
+    return TargetRows(values, scale, state, (mass.log2() - offset) / _LOG2_E.value, summary.argmax)
 
 
 def read_target_columns(

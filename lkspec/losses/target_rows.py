@@ -5,7 +5,7 @@ Rows are taken in blocks that fit the cache, with one exponential a logit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from lkspec.losses.divergences import LOG_ZERO
 from lkspec.losses.scratch import Scratch
 from lkspec.losses.target_filter import TargetFilter
-from lkspec.types import LinearHead
+from lkspec.types import HeadSummary, LinearHead
 from lkspec.vocab import DraftVocab
 
 _BLOCK_BYTES = 2**20  # a tensor of a block, of each thread: about an L2 cache
@@ -131,25 +131,73 @@ def read_target_pieces(
         num_rows, vocab, scratch, keep_probs: as above.
     """
     log_renormed = scratch("log_renormed", num_rows, vocab.size)
-    normaliser = torch.full((num_rows,), -torch.inf, dtype=scratch.dtype, device=scratch.device)
-    largest, top1 = normaliser.clone(), torch.zeros(num_rows, dtype=torch.int64, device=scratch.device)
     read = 0
+
+    def take(columns: slice, values: Float[Tensor, "R w"]) -> None:
+        nonlocal read
+        inside = vocab.ids[read : read + int(vocab.t2d[columns].sum())] - columns.start
+        torch.index_select(values, 1, inside, out=log_renormed[:, read : read + len(inside)])
+        read += len(inside)
+
+    summary = summarise(pieces, num_rows, scratch, take)
+    return _read_inside(log_renormed.__getitem__, log_renormed, summary, scratch, keep_probs=keep_probs)
+
+
+def summarise(
+    pieces: Iterable[tuple[slice, Logits]],
+    num_rows: int,
+    scratch: Scratch,
+    visit: Callable[[slice, Float[Tensor, "R w"]], object] | None = None,
+) -> HeadSummary:
+    """Normaliser and argmax over a vocabulary that comes in pieces; ``visit`` sees the logits of each."""
+    normaliser = torch.full((num_rows,), -torch.inf, dtype=scratch.dtype, device=scratch.device)
+    largest, argmax = normaliser.clone(), torch.zeros(num_rows, dtype=torch.int64, device=scratch.device)
     for columns, logits in pieces:
         values = logits.values(slice(0, num_rows), scratch.dtype)
         log_sum, best = softmax_into(values, scratch("whole", *values.shape))
         normaliser = torch.logaddexp(normaliser, log_sum)
         peak = values.gather(1, best[:, None]).squeeze(1)
         higher = ~(peak <= largest)  # NaN shall stay NaN
-        largest, top1 = torch.where(higher, peak, largest), torch.where(higher, best + columns.start, top1)
-        inside = vocab.ids[read : read + int(vocab.t2d[columns].sum())] - columns.start
-        torch.index_select(values, 1, inside, out=log_renormed[:, read : read + len(inside)])
-        read += len(inside)
-    log_coverage = torch.zeros_like(normaliser).masked_fill_(log_renormed.amax(-1).isneginf(), -torch.inf)
-    kept = scratch("kept", num_rows, vocab.size) if keep_probs else None
+        largest, argmax = torch.where(higher, peak, largest), torch.where(higher, best + columns.start, argmax)
+        if visit is not None:
+            visit(columns, values)
+    return HeadSummary(normaliser, argmax)
+
+
+def read_target_inside(
+    logits: Logits, summary: HeadSummary, scratch: Scratch, *, keep_probs: bool = False
+) -> TargetRows:
+    """The same of an unfiltered target, from logits over the draft vocabulary alone, which it overwrites.
+
+    Args:
+        logits, scratch, keep_probs: as above.
+        summary: what all the target's logits of the rows come to.
+    """
+    log_renormed = _place_of_logs(logits, logits.product.shape[1], scratch)
+    return _read_inside(
+        lambda block: logits.values(block, scratch.dtype), log_renormed, summary, scratch, keep_probs=keep_probs
+    )
+
+
+def _read_inside(
+    inside: Callable[[slice], Float[Tensor, "r D"]],
+    log_renormed: Float[Tensor, "R D"],
+    summary: HeadSummary,
+    scratch: Scratch,
+    *,
+    keep_probs: bool,
+) -> TargetRows:
+    """From the logits of a block over the draft vocabulary, which may lie where ``log_renormed`` will."""
+    log_coverage = torch.zeros_like(summary.log_normaliser)
+    kept = scratch("kept", *log_renormed.shape) if keep_probs else None
     for block in blocks(log_renormed):
+        values = inside(block)
+        log_coverage[block].masked_fill_(values.amax(-1).isneginf(), -torch.inf)
         place = log_coverage[block], log_renormed[block], None if kept is None else kept[block]
-        log_coverage[block] += _renormalise(log_renormed[block], *place, scratch)[0] - normaliser[block]
-    return _target_rows(log_renormed, log_coverage, top1, kept)
+        log_sum, _ = _renormalise(values, *place, scratch)
+        # The normaliser may come from a product of other precision: coverage is still at most 1.
+        log_coverage[block] += (log_sum - summary.log_normaliser[block]).clamp(max=0.0)
+    return _target_rows(log_renormed, log_coverage, summary.argmax, kept)
 
 
 def read_target_columns(

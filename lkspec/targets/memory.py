@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from lkspec.types import Batch, BatchConversation, TargetStates
+from lkspec.types import Batch, BatchConversation, HeadSummary, TargetStates
 
 Company = Callable[[str], Batch | None]
 
@@ -23,6 +26,7 @@ class RememberedStates:
             at once.
         company: by a conversation's ``text_key`` the batch that it is computed in, since one conversation does not fill
             a GPU; None for one that has no company.
+        summarise: what the logits of last hidden states come to, remembered with them; None where no loss will read it.
         with_aux: also remember the auxiliary states; without them they are [.., 0], for drafts that do not read them.
     """
 
@@ -32,12 +36,14 @@ class RememberedStates:
         max_gigabytes: float,
         *,
         company: Company | None = None,
+        summarise: Callable[[Float[Tensor, "B T H"]], HeadSummary] | None = None,
         with_aux: bool = True,
     ) -> None:
         self._states = states
         self._room = int(max_gigabytes * 1e9)
         self._remembers = max_gigabytes > 0
         self._company = company
+        self._summarise = summarise
         self._with_aux = with_aux
         self._memory: dict[str, TargetStates] = {}
 
@@ -54,17 +60,20 @@ class RememberedStates:
         computed = company or conversation.alone()
         with torch.inference_mode(False):  # what validation remembers must be usable in training
             states = self._states(computed.to(conversation.tokens.device))
+            if self._summarise is not None and states.summary is None:
+                states = replace(states, summary=self._summarise(states.last))
         found = {each.key: self._of(states, each) for each in computed.conversations()}
         for key, each in found.items():
             self._remember(key, each)
         return found[conversation.key]
 
     def _of(self, states: TargetStates, conversation: BatchConversation) -> TargetStates:
-        aux, last = (part[conversation.row, conversation.slots] for part in (states.aux, states.last))
-        return TargetStates(aux=aux if self._with_aux else aux.new_empty(*aux.shape[:-1], 0), last=last)
+        if not self._with_aux:  # a view would keep them all
+            states = replace(states, aux=states.aux.new_empty(*states.aux.shape[:-1], 0))
+        return states.at(conversation.row, conversation.slots)
 
     def _remember(self, key: str, states: TargetStates) -> None:
-        size = sum(t.numel() * t.element_size() for t in (states.aux, states.last))
+        size = sum(t.numel() * t.element_size() for t in states.tensors())
         if size <= self._room and key not in self._memory:
             self._room -= size
             self._memory[key] = states

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lkspec.targets.memory import RememberedStates
-from lkspec.types import Batch, TargetStates, stack_rows, text_key
+from lkspec.types import Batch, HeadSummary, TargetStates, stack_rows, text_key
 
 PLENTY = 1.0
 NUM_STATES = 4 * 64  # numbers a token: three auxiliary states and the last one, H = 64
@@ -179,3 +179,33 @@ def test_auxiliary_states_are_left_out_where_nobody_reads_them(counting):
         assert states.aux.shape == (1, len(A), 0)
         assert states.last.equal(counting.target.states(batch).last)
     assert len(counting.computed) == 1
+
+
+def test_what_the_logits_come_to_is_remembered_too(counting):
+    made = []
+
+    def summarise(last: Tensor) -> HeadSummary:
+        made.append(last.shape)
+        return HeadSummary(last.sum(-1), last.argmax(-1))
+
+    together = rows_of([("a", A)], [("b", B)])
+    company = {text_key(A): together, text_key(B): together}
+    remembered = RememberedStates(counting.states, PLENTY, company=company.get, summarise=summarise)
+    for _ in range(2):
+        states = remembered(PACKED)
+    assert made == [(2, len(B), 64), (1, len(C), 64), (1, len(D), 64)]
+    text = PACKED.segments > 0
+    assert states.summary is not None
+    assert states.summary.log_normaliser[text].allclose(states.last.sum(-1)[text], atol=1e-4)
+    assert states.summary.argmax[text].equal(states.last.argmax(-1)[text])
+
+
+def test_a_summary_that_is_there_is_not_made_again(counting):
+    def states_of(batch: Batch) -> TargetStates:
+        states = counting.states(batch)
+        return replace(states, summary=HeadSummary(states.last[..., 0], batch.tokens))
+
+    remembered = RememberedStates(states_of, PLENTY, summarise=lambda last: pytest.fail("made again"))
+    states = remembered(PADDED)
+    assert states.summary is not None
+    assert states.summary.argmax.equal(PADDED.tokens)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lkspec.types import Batch, FreshStates, LinearHead, TargetStates, stack_rows
+from lkspec.types import Batch, FreshStates, HeadSummary, LinearHead, TargetStates, stack_rows
 
 
 def batch_of_turns(turns: list[list[int]]) -> Batch:
@@ -50,10 +50,11 @@ def test_every_tensor_moves():
     moved = Batch(one, one, one, one, (("a",),)).to("meta")
     assert all(getattr(moved, name).is_meta for name in ("tokens", "positions", "segments", "turns"))
     assert moved.ids == (("a",),)
-    states = TargetStates(torch.zeros(1, 3, 4), torch.zeros(1, 3, 2))
+    states = TargetStates(torch.zeros(1, 3, 4), torch.zeros(1, 3, 2), HeadSummary(torch.zeros(1, 3), one))
     fresh = FreshStates(one, one, states, torch.ones(1)).to("meta")
     assert fresh.lengths.is_meta
-    assert fresh.states.aux.is_meta
+    assert all(tensor.is_meta for tensor in fresh.states.tensors())
+    assert len(fresh.states.tensors()) == 4
     head = LinearHead(torch.zeros(2, 2), torch.zeros(2), 0.5, 3.0).to("meta")
     assert head.weight.is_meta
     assert (head.scale, head.soft_cap) == (0.5, 3.0)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from lkspec.data.capture_format import DamagedShardError, bytes_per_token
 from lkspec.data.captured import CapturedStates, capture_writer, store_keys
 from lkspec.data.chat import Encoded
 from lkspec.data.dataset import EncodedStore, collate
+from lkspec.losses.head_summary import head_summary
 from lkspec.targets.memory import RememberedStates
 from lkspec.types import TargetStates
 
@@ -50,8 +52,8 @@ def key_of(encoded: Encoded) -> str:
 
 
 def alone(target, encoded: Encoded) -> TargetStates:
-    states = target.states(collate([[encoded]]))
-    return TargetStates(aux=states.aux[0], last=states.last[0])
+    states = target.states(collate([[encoded]])).at(0)
+    return replace(states, summary=head_summary(target.head, states.last.bfloat16()))
 
 
 def capture(folder: Path, target, conversations=CONVERSATIONS, **options) -> list[str]:
@@ -67,7 +69,7 @@ def capture(folder: Path, target, conversations=CONVERSATIONS, **options) -> lis
 
 def like(target, **changes) -> SimpleNamespace:
     """A target of which some attributes differ."""
-    names = ("fingerprint", "dtype", "device", "aux_layer_ids", "tokenizer", "spec", "states")
+    names = ("fingerprint", "dtype", "device", "aux_layer_ids", "tokenizer", "spec", "states", "head")
     return SimpleNamespace(**{name: getattr(target, name) for name in names} | changes)
 
 
@@ -98,6 +100,12 @@ def test_states_are_the_targets_rounded_to_bfloat16(folder, tiny_target, batch):
     assert states.aux.equal(expected.aux.bfloat16().float())
     assert states.last.equal(expected.last.bfloat16().float())
     assert not states.last[batch.segments == 0].any()
+    assert states.summary is not None
+    logits = tiny_target.head.logits(states.last).double()
+    text = batch.segments > 0
+    assert torch.allclose(states.summary.log_normaliser.double()[text], logits.logsumexp(-1)[text], atol=1e-5)
+    assert states.summary.argmax[text].equal(logits.argmax(-1)[text])
+    assert not states.summary.argmax[~text].any()
 
 
 def test_they_may_be_remembered_and_used_in_training(folder, tiny_target):
@@ -125,8 +133,12 @@ def test_the_files_are_plain_safetensors_of_the_documented_size(folder, tiny_tar
     assert list(map(len, map(tensors.get, map(key_of, CONVERSATIONS)))) == [12, 30, 7, 19]
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     first = alone(tiny_target, CONVERSATIONS[0])
-    assert tensors[key_of(CONVERSATIONS[0])].equal(torch.cat([first.aux, first.last], dim=-1).bfloat16())
-    assert bytes_per_token(tiny_target) == 2 * (3 + 1) * 64
+    written = tensors[key_of(CONVERSATIONS[0])]
+    assert written[:, :-4].equal(torch.cat([first.aux, first.last], dim=-1).bfloat16())
+    normaliser, argmax = written[:, -4:].contiguous().view(torch.int32).unbind(-1)
+    assert normaliser.contiguous().view(torch.float32).equal(first.summary.log_normaliser)
+    assert argmax.equal(first.summary.argmax.int())
+    assert bytes_per_token(tiny_target) == 2 * (3 + 1) * 64 + 8
     assert sum(tensor.nbytes for tensor in tensors.values()) == (12 + 30 + 7 + 19) * bytes_per_token(tiny_target)
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lkspec.losses.divergences import token_stats
 from lkspec.losses.fused_linear import fused_token_stats
+from lkspec.losses.head_summary import head_summary
 from lkspec.losses.in_forward import InForward
 from lkspec.losses.objectives import Objective
-from lkspec.types import Batch, LinearHead, TokenStats
+from lkspec.types import Batch, HeadSummary, LinearHead, TokenStats
 from lkspec.vocab import DraftVocab
 
 K, B, T, H, HT, V = 3, 2, 12, 4, 5, 11
@@ -65,6 +66,10 @@ class Case:
 
     def fused(self, **options: Any) -> TokenStats:
         return fused_token_stats(*self.arguments, **options)
+
+    @property
+    def summary(self) -> HeadSummary:
+        return head_summary(self.target_head, self.target_hidden)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -150,9 +155,11 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: float, what: object = 
     assert (ours - theirs).norm() <= tolerance * theirs.norm(), what
 
 
-def assert_equals_reference(case: Case, *, temperature: float = 1.0, chunk_size: int | None = 4) -> None:
+def assert_equals_reference(
+    case: Case, *, temperature: float = 1.0, chunk_size: int | None = 4, summary: HeadSummary | None = None
+) -> None:
     """Every statistic elementwise, and every gradient of a loss that weighs all entries differently."""
-    ours = as_dict(case.fused(temperature=temperature, chunk_size=chunk_size))
+    ours = as_dict(case.fused(temperature=temperature, chunk_size=chunk_size, target_summary=summary))
     theirs = as_dict(case.reference(temperature=temperature))
     for name in NAMES:
         assert ours[name].dtype == theirs[name].dtype

@@ -40,7 +40,7 @@ from lkspec.losses.objectives import LKAlpha, LKLambda, Objective, jensen_shanno
 from lkspec.losses.scratch import Scratch
 from lkspec.losses.target_filter import TargetFilter
 from lkspec.losses.target_rows import Logits
-from lkspec.types import LinearHead, TokenStats
+from lkspec.types import HeadSummary, LinearHead, TokenStats
 from lkspec.vocab import DraftVocab
 
 #: numpy's, of the infinities that the kernels allow.
@@ -289,8 +289,8 @@ def fused(place: Place, case: Case, **options: Any) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in as_dict(stats, names).items()}
 
 
-def assert_equals_reference(place: Place, case: Case, **options: Any) -> None:
-    ours = fused(place, case, **options)
+def assert_equals_reference(place: Place, case: Case, *, summary: HeadSummary | None = None, **options: Any) -> None:
+    ours = fused(place, case, target_summary=None if summary is None else summary.to(place.device), **options)
     theirs = as_dict(case.reference(**options))
     for name in NAMES:
         assert torch.allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-5), name
@@ -305,6 +305,21 @@ def assert_equals_reference(place: Place, case: Case, **options: Any) -> None:
 def test_recomputed_gradients_equal_reference(chosen: Place, vocab: DraftVocab, shaped: bool):
     case = make_case(vocab=vocab, heads="AAB", shaped=shaped, mask=masks()["holes"])
     assert_equals_reference(chosen, case, temperature=0.7)
+
+
+@pytest.mark.parametrize("shaped", [False, True], ids=["plain", "scale_bias_cap"])
+def test_a_summarised_target_equals_reference(chosen: Place, shaped: bool):
+    case = make_case(heads="AAB", shaped=shaped, mask=masks()["holes"])
+    assert_equals_reference(chosen, case, summary=case.summary)
+
+
+def test_a_summarised_target_without_mass_in_the_draft_vocabulary(chosen: Place):
+    case = make_case(heads="AAA", shaped=True)
+    assert case.target_head.bias is not None
+    bias = case.target_head.bias.index_fill(0, case.vocab.ids, -torch.inf)
+    case = replace(case, target_head=replace(case.target_head, bias=bias, soft_cap=None))
+    assert_equals_reference(chosen, case, summary=case.summary)
+    assert (case.fused(target_summary=case.summary).log_alpha[case.mask] == LOG_ZERO).all()
 
 
 def test_a_filtered_target_equals_reference(chosen: Place):
