@@ -1,11 +1,14 @@
 """What LK-lambda costs a whole EAGLE-3 training step, against KL; the target's states are given.
 
+Kept normalisers are what a capture, or every epoch but the first with ``states_memory_gb``, brings along with them.
+
 python experiments/performance/lk_against_kl.py
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +16,7 @@ from measuring import MIB, interleaved_seconds, peak_bytes, print_table, write_c
 
 from lkspec.acceptance import draft_stats
 from lkspec.drafts.eagle3 import Eagle3
+from lkspec.losses.head_summary import head_summary
 from lkspec.losses.in_forward import InForward
 from lkspec.losses.objectives import KL, LKAlpha, LKLambda, Objective, masked_sums, reduce_loss
 from lkspec.types import Batch, DecoderDims, LinearHead, TargetSpec, TargetStates
@@ -26,6 +30,7 @@ NUM_THREADS = 2
 def main() -> None:
     torch.set_num_threads(NUM_THREADS)
     draft, batch, states, head = make_step_inputs()
+    kept = replace(states, summary=head_summary(head, states.last))
     steps: dict[str, Callable[[], object]] = {
         "kl, recompute": step(draft, batch, states, head, KL(), in_forward=False),
         "lk_lambda, recompute": step(draft, batch, states, head, LKLambda(), in_forward=False),
@@ -33,6 +38,8 @@ def main() -> None:
         "lk_lambda, in forward": step(draft, batch, states, head, LKLambda(), in_forward=True),
         "lk_alpha, in forward": step(draft, batch, states, head, LKAlpha(), in_forward=True),
         "lk_lambda fixed, in forward": step(draft, batch, states, head, LKLambda(fixed_lambda=0.5), in_forward=True),
+        "kl with kept normalisers, in forward": step(draft, batch, kept, head, KL(), in_forward=True),
+        "lk_lambda with kept normalisers, in forward": step(draft, batch, kept, head, LKLambda(), in_forward=True),
     }
     seconds = interleaved_seconds(steps, rounds=12)
     rows: list[dict[str, object]] = []
