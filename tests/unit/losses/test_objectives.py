@@ -226,6 +226,7 @@ def test_masked_sums():
         ("lk_lambda_eta_1", "lk_lambda(eta=1, adaptive)"),
         ("filter_aware", "filter_aware(lk_alpha, top_k=0, top_p=0.9)"),
         ("temperature_mixed", "temperature_mixed(lk_alpha, T=0.3..1)"),
+        ("greedy_mixed", "greedy_mixed(lk_alpha, share=0.2)"),
     ],
 )
 def test_config_files_build_objectives(name: str, described: str):
