@@ -13,8 +13,8 @@ from lkspec.types import TokenStats
 class GreedyMixed(Objective):
     """(1 - share) base - share log q(x*), with x* = argmax p over the draft vocabulary.
 
-    Decoding at T = 0 accepts x* alone. There p is a point mass on it, and -log alpha against a point mass is -log q(x*):
-    with ``lk_alpha`` as the base this is ``lk_alpha`` at T = 1 and at T = 0, mixed for each token.
+    Decoding at T = 0 accepts x* alone. There p is a point mass, and -log alpha against a point mass is -log q(x*): with
+    ``lk_alpha`` as the base this is ``lk_alpha`` at T = 1 and at T = 0, mixed for each token.
 
     Args:
         base: the objective for sampling.
