@@ -15,7 +15,7 @@ from lkspec.targets.tiny import TinyTarget
 
 CAPTURE = ("capture", *TINY_DATA, "target.device=cpu", "shard_mb=0.2")
 SHORT_RUN = ("train", *TINY_RUN, *NO_EVALUATION, "logger=csv", "trainer.max_epochs=3", "trainer.max_steps=12")
-BYTES_PER_TOKEN = 2 * (3 + 1) * 64  # three auxiliary states and the last one, H = 64
+BYTES_PER_TOKEN = 2 * (3 + 1) * 64 + 8  # three auxiliary states and the last one, H = 64, and two numbers of 4 bytes
 
 
 def train(cli, *overrides: str, root: str) -> Path:
