@@ -168,7 +168,10 @@ def finish(*, interrupted: bool) -> int:
     if any("plan" in job for job in jobs):
         print_plan([job["plan"] for job in jobs if "plan" in job])
         return 1 if any(job.get("state") == "failed" for job in jobs) else 0
-    return _summarise(jobs, interrupted=interrupted)
+    status = _summarise(jobs, interrupted=interrupted)
+    if KEPT_JOURNAL not in os.environ:  # whoever keeps the journal compares the runs in a way of its own
+        _print_table([job for job in jobs if job.get("ended") and "folder" in job and job["state"] != "failed"])
+    return status
 
 
 def read_journal(journal: Path) -> list[dict[str, Any]]:
@@ -196,6 +199,23 @@ def _summarise(jobs: Sequence[dict[str, Any]], *, interrupted: bool) -> int:
         for job in failed:
             console.print(f"  {_where(job)}: {job['error']}", soft_wrap=True, highlight=False, markup=False)
     return 1 if failed or open_ else 0
+
+
+def _print_table(jobs: Sequence[dict[str, Any]]) -> None:
+    """What the finished jobs measured, and the command that shows it in other ways."""
+    from lkspec.reporting.of_sweep import sweep_table  # pandas and all: nothing that a job should wait for
+    from lkspec.reporting.renderers import terminal
+
+    try:
+        found = sweep_table([Path(job["folder"]) for job in jobs], [job["overrides"] for job in jobs])
+    except ValueError as error:
+        console.print(f"no table of these jobs: {error}", soft_wrap=True, highlight=False, markup=False)
+        return
+    if found is not None:
+        for part in terminal.render(found.table):
+            console.print(part, soft_wrap=isinstance(part, str), highlight=False, markup=False)
+        console.print("the same in other ways (format=png out=picture.png, say):", highlight=False)
+        console.print(found.command, soft_wrap=True, highlight=False, markup=False)
 
 
 def _where(job: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 from collections import Counter
 from pathlib import Path
@@ -89,6 +90,28 @@ def test_a_stale_run_is_listed_with_the_reason_and_trained_again_beside_the_old_
     assert old.name == f"{stale.name}-1"
     assert RunFolder(old).read_identity() == identity
     assert RunFolder(folders()["mlp-kl-tiny-s0"]).read_identity() != identity
+
+
+def test_a_sweep_ends_in_a_table_and_the_command_that_makes_it(lkspec_cli, tmp_path):
+    words = ["the", "cat", "sat", "on", "the", "mat", "and", "looked", "at", "the", "moon", "for", "a", "long", "time"]
+    rows = [
+        {"id": f"h{i}", "messages": [{"role": "user", "content": "and then"},
+         {"role": "assistant", "content": " ".join(words[i:])}], "temperature": 1}
+        for i in range(4)
+    ]  # fmt: skip
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ("train", "-m", *TINY_RUN, *NO_EVALUATION, "draft=mlp", "data.validation=held_out.jsonl")
+    outcome = lkspec_cli(*command, "on_existing=continue", "loss=kl,lk_alpha", "seed=0,1")
+    assert outcome.code == 0, outcome
+    assert "walk by objective" in outcome.out
+    printed = outcome.out[outcome.out.index("walk by objective") :]
+    assert printed.count("│ lk_alpha ") == 1
+    assert "Held-out answers: held_out 4." in printed
+    (report,) = [line for line in printed.splitlines() if line.startswith("lkspec report ")]
+    _, _, *options = shlex.split(report)
+    again = lkspec_cli("report", *options)
+    assert again.code == 0, again
+    assert "| lk_alpha | " in again.out
 
 
 def test_jobs_share_the_target_and_the_tokenised_data_and_train_as_if_alone(lkspec_cli, monkeypatch):

@@ -1,0 +1,34 @@
+"""A table for a terminal or a log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import rich.table
+
+from lkspec.reporting.model import Cell, Table
+from lkspec.reporting.renderers.text import column_name, missing, number, row_header, row_labels
+
+
+def render(table: Table) -> Iterator[rich.table.Table | str]:
+    """Estimates, each with its gain below, bold as in Markdown where that is resolved; then the caption."""
+    shown = rich.table.Table(title=table.title, title_justify="left")
+    for name in row_header(table):
+        shown.add_column(name)
+    for column in table.columns:
+        names = (column_name(key, text) for key, text in zip(table.column_keys, column, strict=True))
+        shown.add_column("\n".join(names), justify="right")
+    for row in table.rows:
+        shown.add_row(*row_labels(row, table), *(_cell(cell, table.digits_of(row)) for cell in row.cells))
+    yield shown
+    yield from table.caption
+
+
+def _cell(cell: Cell, digits: int) -> str:
+    if cell.estimate is None:
+        return missing(cell)
+    text = number(cell.estimate, digits)
+    if cell.gain is None:
+        return text
+    gain = number(cell.gain, digits, signed=True)
+    return f"{text}\n**{gain}**" if cell.is_resolved else f"{text}\n{gain}"
