@@ -27,12 +27,13 @@ from lkspec.reporting.model import OURS, Row, Table
 from lkspec.reporting.renderers.text import column_name
 
 _LABEL_CHARACTERS = 45  # of a line of the vertical label
+_ASIDE = 0.04  # from one line to the next, in units of the last column key
 
 
 def lines_figure(table: Table) -> Figure:
     """Each row a line over the numbers of the last column key; a panel for every other label of the columns.
 
-    Ours are solid with bars for the intervals, the paper's dashed.
+    Ours are solid with bars for the intervals, the paper's dashed; each stands a little aside, so that no bar hides.
 
     Raises:
         ValueError: the last column key is not a number.
@@ -55,9 +56,9 @@ def lines_figure(table: Table) -> Figure:
         for axes, panel in zip(grid, panels, strict=True):
             chosen = [index for index, column in enumerate(table.columns) if column[:-1] == panel]
             for index, row in enumerate(table.rows):
-                _draw_line(
-                    axes, [places[i] for i in chosen], [row.cells[i].estimate for i in chosen], _look(table, index)
-                )
+                aside = _ASIDE * (index - (len(table.rows) - 1) / 2)
+                x, estimates = [places[i] + aside for i in chosen], [row.cells[i].estimate for i in chosen]
+                _draw_line(axes, x, estimates, _look(table, index))
             axes.set_title(", ".join(column_name(k, t) for k, t in zip(table.column_keys, panel, strict=False)))
             axes.set_xticks(sorted({places[i] for i in chosen}))
         figure.supxlabel({"num_draft_tokens": "drafted tokens a round, K", "depth": "depth k"}.get(key, key))

@@ -122,8 +122,12 @@ def test_lines_run_over_the_last_column_key(table):
     figure = lines_figure(table)
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["T = 0", "T = 1"]
-    drawn = [[tuple(point) for point in line.get_xydata()] for line in figure.axes[0].lines]
+    points = [line.get_xydata() for line in figure.axes[0].lines]
+    drawn = [[(round(x), y) for x, y in line] for line in points]
     assert drawn == [[(1, 1.3), (2, 1.29)], [(1, 1.4), (2, 1.3)], [(2, 3.39)]]
+    asides = [line[0, 0] - round(line[0, 0]) for line in points]
+    assert asides == sorted(set(asides))
+    assert max(map(abs, asides)) < 0.1
     assert [line.get_linestyle() for line in figure.axes[0].lines] == ["-", "-", "--"]
     words = Table("t", ("loss",), ("benchmark",), (("gsm8k",),), (Row(("kl",), "ours", (Cell(estimate(1.0)),)),), 3)
     with pytest.raises(ValueError, match=r"must be numbers .* benchmark has gsm8k"):
