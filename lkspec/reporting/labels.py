@@ -29,12 +29,19 @@ def sort_key(text: str) -> tuple[Any, ...]:
 
 
 def objective_label(loss: str, arguments: Mapping[str, Any]) -> str:
-    """The loss with what its arguments set, unless its name says so: ``lk_lambda_eta_3``, ``lk_lambda_fixed_0.5``."""
+    """The loss with what its arguments set, unless its name says so: ``lk_lambda_eta_3``, ``lk_lambda_fixed_0.5``.
+
+    Of an objective that wraps another, the other's class: ``greedy_mixed_LKAlpha_share_0.2``.
+    """
     text = loss
     for key, value in arguments.items():
         if value is None or isinstance(value, bool):
             continue
-        said = f"_{label(value)}" if key == "fixed_lambda" else f"_{key}_{label(value)}"
+        if isinstance(value, Mapping) and "_target_" in value:
+            inner = {name: setting for name, setting in value.items() if name != "_target_"}
+            said = f"_{objective_label(value['_target_'].rpartition('.')[2], inner)}"
+        else:
+            said = f"_{label(value)}" if key == "fixed_lambda" else f"_{key}_{label(value)}"
         text += "" if text.endswith(said) else said
     return text
 
@@ -43,6 +50,9 @@ def objective_overrides(objective: str) -> list[str]:
     """The overrides of ``lkspec train`` that an objective's label stands for: the inverse of ``objective_label``."""
     if match := re.fullmatch(r"(lk_lambda_fixed)_([\d.]+)", objective):
         return [f"loss={match[1]}", f"loss.fixed_lambda={match[2]}"]
+    if match := re.fullmatch(r"([a-z_]+)_[A-Z][A-Za-z]*((?:_[a-z_]+_[\d.]+)*)", objective):  # wraps the class it names
+        settings = re.findall(r"_([a-z_]+)_([\d.]+)", match[2])
+        return [f"loss={match[1]}", *(f"loss.{key}={value}" for key, value in settings)]
     if match := re.fullmatch(r"(\w+?)_eta_([\d.]+)", objective):
         return [f"loss={match[1]}", f"loss.eta={match[2]}"]
     return [f"loss={objective}"]

@@ -367,6 +367,19 @@ def test_objectives_have_the_papers_names_and_lead_back_to_overrides(loss, argum
     assert objective_overrides(text) == [f"loss={loss}", *(f"loss.{key}={value:g}" for key, value in numbers.items())]
 
 
+def test_an_objective_that_wraps_another_names_its_class():
+    base = {"_target_": "lkspec.losses.objectives.LKAlpha"}
+    assert objective_label("filter_aware", {"base": base, "top_k": 0, "top_p": 0.9}) == (
+        "filter_aware_LKAlpha_top_k_0_top_p_0.9"
+    )
+    assert objective_label("mine", {"base": {"_target_": "my.LKLambda", "eta": 3.0}}) == "mine_LKLambda_eta_3"
+    assert objective_overrides("greedy_mixed_LKAlpha_share_0.2") == ["loss=greedy_mixed", "loss.share=0.2"]
+    assert objective_overrides("filter_aware_LKAlpha_top_k_0_top_p_0.9") == [
+        "loss=filter_aware", "loss.top_k=0", "loss.top_p=0.9",
+    ]  # fmt: skip
+    assert objective_overrides("expected_length") == ["loss=expected_length"]
+
+
 def test_an_eta_that_the_name_says_is_not_said_twice():
     assert objective_label("lk_lambda_eta_10", {"eta": 10.0}) == objective_label("lk_lambda", {"eta": 10.0})
     assert objective_label("expected_length_lambda", {"eta": 10.0}) == "expected_length_lambda_eta_10"
