@@ -39,7 +39,7 @@ $(SERVE)/.installed: constraints-serve.txt
 
 serve-env: $(SERVE)/.installed ## set up .serve-venv with vLLM and speculators, for engine=vllm and test-serve (3.7 GB)
 
-quickstart: $(MODEL) ## train a draft for SmolLM2-135M and measure its acceptance length (10 to 16 minutes)
+quickstart: $(MODEL) ## train a draft for SmolLM2-135M and measure its acceptance length (about 10 minutes)
 	$(BIN)/lkspec train experiment=quickstart on_existing=replace
 
 CAPTURED := captured/smollm2_135m-embedded
