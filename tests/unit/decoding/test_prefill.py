@@ -100,7 +100,7 @@ def texts_and_rounds(completions: Sequence[Completion]) -> list[tuple]:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(top_p=0.95)], ids=["T0", "T1"])
-@pytest.mark.parametrize("name", [None, "eagle3", "mtp"])
+@pytest.mark.parametrize("name", [None, "eagle3", pytest.param("mtp", marks=pytest.mark.slow)])
 def test_texts_do_not_depend_on_who_is_read_together(target: TinyTarget, name: str | None, sampling: Sampling) -> None:
     """Alone, three at a time and nearly all at once; many texts end in the same round and are replaced together."""
     draft = draft_of(name, target)

@@ -68,7 +68,7 @@ def test_a_lost_temperature_is_noticed(engine, capfd):
     assert "its verification lost the temperature" in " ".join(capfd.readouterr().err.split())
 
 
-@pytest.mark.parametrize(("concurrency", "at_once"), [(2, 2), (9, 5)])
+@pytest.mark.parametrize(("concurrency", "at_once"), [(2, 2), pytest.param(9, 5, marks=pytest.mark.slow)])
 def test_speed_with_requests_under_way_together(engine, concurrency, at_once):
     requests = [Request(f"r{i}", 0, (1,), 4) for i in range(4)] + [Request("short", 0, (1,), 1)]
     speed = engine.speed(requests, Sampling(0.0), num_draft_tokens=1, concurrency=concurrency, seed=0)

@@ -128,6 +128,7 @@ def is_wide(tensor: Tensor) -> bool:
     return tensor.ndim > 1 and bool({D, V} & set(tensor.shape))
 
 
+@pytest.mark.slow
 @both_vocabularies
 @every_way
 def test_nothing_of_vocabulary_width_is_kept(loss: Loss, vocab: DraftVocab):
