@@ -6,11 +6,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lkspec.losses.divergences import RowValue
-from lkspec.losses.objectives import Comparison, Objective
+from lkspec.losses.objectives import Objective
+from lkspec.losses.wrapping import Wrapping
 from lkspec.types import TokenStats
 
 
-class GreedyMixed(Objective):
+class GreedyMixed(Wrapping):
     """(1 - share) base - share log q(x*), with x* = argmax p over the draft vocabulary.
 
     Decoding at T = 0 accepts x* alone. There p is a point mass, and -log alpha against a point mass is -log q(x*): with
@@ -29,21 +30,16 @@ class GreedyMixed(Objective):
             raise ValueError(f"greedy_mixed: share must lie in [0, 1], got {share}")
         if base.row_value is not None:
             raise ValueError(f"greedy_mixed: {base.describe()} has a value a row of its own; mix another objective")
-        self.base, self.share, self.scope = base, share, base.scope
+        super().__init__(base)
+        self.share = share
 
     @property
     def row_value(self) -> RowValue:
         return surprise_of_argmax
 
-    def comparison(self) -> Comparison:
-        return self.base.comparison()
-
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
         assert stats.row_value is not None, "token_stats was not given this objective's row_value"
         return (1 - self.share) * self.base.values(stats, mean_alpha) + self.share * stats.row_value
-
-    def scalars(self, mean_alpha: Float[Tensor, " K"]) -> dict[str, Float[Tensor, " K"]]:
-        return self.base.scalars(mean_alpha)
 
     def describe(self) -> str:
         return f"greedy_mixed({self.base.describe()}, share={self.share:g})"

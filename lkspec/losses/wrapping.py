@@ -1,4 +1,4 @@
-"""Objectives that change what another one is measured on, and leave the rest to it."""
+"""Objectives that change one thing about another one, and leave the rest to it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lkspec.losses.divergences import RowValue
-from lkspec.losses.objectives import Objective
+from lkspec.losses.objectives import Comparison, Objective
 from lkspec.types import TokenStats
 
 
 class Wrapping(Objective):
-    """Another objective; subclasses say in ``comparison`` which p and q it sees.
+    """Another objective; subclasses change which p and q it sees (``comparison``), or add to its values.
 
     Args:
         base: the objective.
@@ -24,6 +24,9 @@ class Wrapping(Objective):
     @property
     def row_value(self) -> RowValue | None:
         return self.base.row_value
+
+    def comparison(self) -> Comparison:
+        return self.base.comparison()
 
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
         return self.base.values(stats, mean_alpha)
