@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lkspec.reporting.model import Cell, Table
-from lkspec.reporting.renderers.text import column_name, missing, number, row_header, row_labels
+from lkspec.reporting.model import Table
+from lkspec.reporting.renderers.text import column_name, row_header, row_labels, stacked
 
 
 def render(table: Table) -> str:
@@ -15,7 +15,9 @@ def render(table: Table) -> str:
     names = row_header(table)
     lines = [f"**{table.title}**", "", _line([*names, *heads]), "|---" * len(names) + "|--:" * len(heads) + "|"]
     for row in table.rows:
-        lines.append(_line([*row_labels(row, table), *(_cell(cell, table.digits_of(row)) for cell in row.cells)]))
+        lines.append(
+            _line([*row_labels(row, table), *(stacked(cell, table.digits_of(row), "<br>") for cell in row.cells)])
+        )
     lines += ["", *(f"- {sentence}" for sentence in table.caption)]
     if table.commands:
         lines += ["", "Missing cells, and what fills them:", "", "```"]
@@ -26,13 +28,3 @@ def render(table: Table) -> str:
 
 def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _cell(cell: Cell, digits: int) -> str:
-    if cell.estimate is None:
-        return missing(cell)
-    text = number(cell.estimate, digits)
-    if cell.gain is None:
-        return text
-    gain = number(cell.gain, digits, signed=True)
-    return f"{text}<br>{f'**{gain}**' if cell.is_resolved else gain}"

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import rich.table
 
-from lkspec.reporting.model import Cell, Table
-from lkspec.reporting.renderers.text import column_name, missing, number, row_header, row_labels
+from lkspec.reporting.model import Table
+from lkspec.reporting.renderers.text import column_name, row_header, row_labels, stacked
 
 
 def render(table: Table) -> Iterator[rich.table.Table | str]:
@@ -19,16 +19,6 @@ def render(table: Table) -> Iterator[rich.table.Table | str]:
         names = (column_name(key, text) for key, text in zip(table.column_keys, column, strict=True))
         shown.add_column("\n".join(names), justify="right")
     for row in table.rows:
-        shown.add_row(*row_labels(row, table), *(_cell(cell, table.digits_of(row)) for cell in row.cells))
+        shown.add_row(*row_labels(row, table), *(stacked(cell, table.digits_of(row), "\n") for cell in row.cells))
     yield shown
     yield from table.caption
-
-
-def _cell(cell: Cell, digits: int) -> str:
-    if cell.estimate is None:
-        return missing(cell)
-    text = number(cell.estimate, digits)
-    if cell.gain is None:
-        return text
-    gain = number(cell.gain, digits, signed=True)
-    return f"{text}\n**{gain}**" if cell.is_resolved else f"{text}\n{gain}"

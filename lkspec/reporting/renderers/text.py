@@ -14,6 +14,17 @@ def number(estimate: Estimate, digits: int, *, signed: bool = False, plus_minus:
     return f"{value} {plus_minus}{estimate.half_width:.{digits}f}" if math.isfinite(estimate.half_width) else value
 
 
+def stacked(cell: Cell, digits: int, line_break: str) -> str:
+    """An estimate with its gain below, between asterisks where that is resolved; or what stands in an empty cell."""
+    if cell.estimate is None:
+        return missing(cell)
+    text = number(cell.estimate, digits)
+    if cell.gain is None:
+        return text
+    gain = number(cell.gain, digits, signed=True)
+    return f"{text}{line_break}{f'**{gain}**' if cell.is_resolved else gain}"
+
+
 def missing(cell: Cell) -> str:
     """What stands in an empty cell: the numbers of the commands that fill it."""
     return f"missing [{', '.join(map(str, cell.missing))}]" if cell.missing else "-"
