@@ -123,7 +123,8 @@ class SpeculatorModule(LightningModule):
         optimizer.zero_grad()
         in_forward = self._in_forward(counts)
         for batch in batches:
-            stats = self.stats(batch.to(self.device), comparison=self.objective.comparison(), in_forward=in_forward)
+            comparison = self.objective.comparison(batch.tokens.shape)
+            stats = self.stats(batch.to(self.device), comparison=comparison, in_forward=in_forward)
             batch_sums = {name: self._summed(value) for name, value in masked_sums(stats).items()}
             mean_alpha = batch_sums["alpha"] / batch_sums["count"].clamp(min=1)
             values = self.objective.values(stats, mean_alpha) if stats.value is None else stats.value

@@ -59,7 +59,7 @@ class ChunkWalk:
     heads: tuple[LinearHead, ...]
     target_head: LinearHead
     vocab: DraftVocab
-    temperature: float
+    temperature: float | Float[Tensor, "B T"]
     target_filter: TargetFilter
     row_value: RowValue | None
     in_forward: InForward | None
@@ -94,6 +94,12 @@ class ChunkWalk:
         length = -(-num_rows // max(self.num_chunks, 1))
         for begin in range(0, num_rows, max(length, 1)):
             yield slice(begin, min(begin + length, num_rows))
+
+    def temperature_of(self, rows: slice) -> float | Float[Tensor, " r"]:
+        """That of a chunk."""
+        if isinstance(self.temperature, Tensor):
+            return self.temperature.flatten()[self.served.rows[rows]]
+        return self.temperature
 
     def summary_of(self, rows: slice) -> HeadSummary:
         """That of a chunk."""
@@ -145,19 +151,19 @@ class ChunkPass:
         """The target's logits of a chunk."""
         hidden = self._flat_target[self._walk.served.rows[rows]]
         product = _product("target_product", hidden.to(self._target_head.weight.dtype), self._target_head, self.scratch)
-        return Logits(product, self._target_head, self._walk.temperature)
+        return Logits(product, self._target_head, self._walk.temperature_of(rows))
 
     def target_pieces(self, rows: slice) -> Iterator[tuple[slice, Logits]]:
         """The same over slices of the vocabulary, each valid until the next is asked for."""
         hidden = self._flat_target[self._walk.served.rows[rows]]
-        return logit_pieces(hidden, self._target_head, self._walk.temperature, self.scratch)
+        return logit_pieces(hidden, self._target_head, self._walk.temperature_of(rows), self.scratch)
 
     def draft_logits(self, rows: slice, gradients: HeadGradients | None) -> Iterator[tuple[int, Logits]]:
         """The draft's logits of a chunk at each depth (from 0), valid until the next is asked for.
 
         ``gradients`` takes up what was left in the place of the products.
         """
-        served = self._walk.served
+        served, temperature = self._walk.served, self._walk.temperature_of(rows)
         for depths in self._walk.groups():
             head, needed = self._heads[depths.start], served.needed[depths, rows].flatten()
             anchors = served.anchors[depths, rows].flatten()
@@ -166,13 +172,13 @@ class ChunkPass:
             flat = _product("draft_product", hidden, head, self.scratch)
             products = flat.view(-1, rows.stop - rows.start, len(head.weight))
             for depth, product in enumerate(products, start=depths.start):
-                yield depth, Logits(product, self._heads[depth], self._walk.temperature)
+                yield depth, Logits(product, self._heads[depth], temperature)
             if gradients is not None:
                 gradients.add(depths, anchors, hidden, head.weight, products)
 
 
 def logit_pieces(
-    hidden: Float[Tensor, "R H"], head: LinearHead, temperature: float, scratch: Scratch
+    hidden: Float[Tensor, "R H"], head: LinearHead, temperature: float | Float[Tensor, " R"], scratch: Scratch
 ) -> Iterator[tuple[slice, Logits]]:
     """Logits over slices of the vocabulary that fit a CPU's cache, in order, each valid until the next is asked for."""
     hidden, width = hidden.to(head.weight.dtype), len(head.weight)

@@ -36,7 +36,7 @@ def logit_stats(
     tokens: Int[Tensor, "*rows"],
     vocab: DraftVocab,
     *,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, "*rows"] = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     row_value: RowValue | None = None,
@@ -60,14 +60,14 @@ def logit_stats(
         target_logits: z_p, over the target vocabulary; -inf allowed.
         tokens: the text's own token x, as target ids.
         vocab: which target tokens the draft can propose.
-        temperature: divides both logits.
+        temperature: divides both logits; a tensor has one a row.
         top_k, top_p: filter p alone, see ``TargetFilter``.
         row_value: a form (b) objective.
 
     Raises:
-        ValueError: a temperature that is not positive, top_k or top_p out of range.
+        ValueError: a temperature that is not positive or not one a row, top_k or top_p out of range.
     """
-    _check_temperature(temperature)
+    _check_temperature(temperature, tokens)
     with torch.no_grad():
         target = _target_rows(target_logits, vocab, temperature, TargetFilter(top_k, top_p))
     return _row_stats(draft_logits, target, tokens, vocab, temperature, row_value)
@@ -82,7 +82,7 @@ def token_stats(
     tokens: Int[Tensor, "B T"],
     mask: Bool[Tensor, "K B T"],
     *,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, "B T"] = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     row_value: RowValue | None = None,
@@ -108,18 +108,20 @@ def token_stats(
         vocab: which target tokens the draft can propose.
         tokens: the text, as target ids.
         mask: ``Batch.depth_mask(K)``, or a part of it.
-        temperature: divides both logits.
+        temperature: divides both logits; a tensor has one for each target row, ``temperature[b, t + k]`` above.
         top_k, top_p: filter p alone, see ``TargetFilter``.
         row_value: a form (b) objective; its values land in ``TokenStats.row_value``.
         chunk_size: target rows a chunk.
 
     Raises:
-        ValueError: heads that are not one a depth, a chunk size below 1, a temperature that is not positive, top_k or
-            top_p out of range.
+        ValueError: heads that are not one a depth, a chunk size below 1, a temperature that is not positive or not one
+            a target row, top_k or top_p out of range.
     """
-    check_arguments(hidden, heads, chunk_size, temperature)
+    check_arguments(hidden, heads, chunk_size, temperature, tokens)
     target_filter = TargetFilter(top_k, top_p)
     served = served_rows(mask)
+    temperatures = torch.as_tensor(temperature, dtype=torch.float64, device=mask.device)
+    temperatures = temperatures.expand(tokens.shape).flatten()[served.rows]
     # Masked-off entries become zeros BEFORE any arithmetic, so that a NaN there meets neither a value nor a gradient.
     picked = hidden.flatten(0, 2).index_select(0, served.anchors.flatten()).unflatten(0, served.needed.shape)
     picked = picked.masked_fill(~served.needed[..., None], 0.0)
@@ -128,14 +130,13 @@ def token_stats(
         picked.split(chunk_size, dim=1),
         target_hidden.flatten(0, 1)[served.rows].split(chunk_size),
         tokens.flatten()[served.rows + 1].split(chunk_size),
+        temperatures.split(chunk_size),
     )
     chunks = []
-    for draft_rows, target_rows, text in zip(*pieces, strict=True):
+    for draft_rows, target_rows, text, divisor in zip(*pieces, strict=True):
         with torch.no_grad():
-            target = _target_rows(target_head.logits(target_rows), vocab, temperature, target_filter)
-        stats = partial(
-            _row_stats, target=target, tokens=text, vocab=vocab, temperature=temperature, row_value=row_value
-        )
+            target = _target_rows(target_head.logits(target_rows), vocab, divisor, target_filter)
+        stats = partial(_row_stats, target=target, tokens=text, vocab=vocab, temperature=divisor, row_value=row_value)
         depths = [stats(head.logits(rows)) for head, rows in zip(heads, draft_rows, strict=True)]
         chunks.append({name: torch.stack([depth[name] for depth in depths]) for name in depths[0]})
     placed = {name: served.place(torch.cat([chunk[name] for chunk in chunks], dim=1), mask) for name in chunks[0]}
@@ -157,7 +158,10 @@ class _TargetRows(NamedTuple):
 
 
 def _target_rows(
-    logits: Float[Tensor, "*rows V"], vocab: DraftVocab, temperature: float, target_filter: TargetFilter
+    logits: Float[Tensor, "*rows V"],
+    vocab: DraftVocab,
+    temperature: float | Float[Tensor, "*rows"],
+    target_filter: TargetFilter,
 ) -> _TargetRows:
     logits = target_filter(_tempered(logits, temperature))
     logp = vocab.restrict(logits) - logits.logsumexp(-1, keepdim=True)
@@ -169,7 +173,7 @@ def _row_stats(
     target: _TargetRows,
     tokens: Int[Tensor, "*rows"],
     vocab: DraftVocab,
-    temperature: float,
+    temperature: float | Float[Tensor, "*rows"],
     row_value: RowValue | None,
 ) -> dict[str, Float[Tensor, "*rows"]]:
     logq = _tempered(draft_logits, temperature).log_softmax(-1)
@@ -215,26 +219,38 @@ def text_stats(
     }
 
 
-def _tempered(logits: Float[Tensor, "*rows W"], temperature: float) -> Float[Tensor, "*rows W"]:
+def _tempered(
+    logits: Float[Tensor, "*rows W"], temperature: float | Float[Tensor, "*rows"]
+) -> Float[Tensor, "*rows W"]:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if temperature == 1.0 else logits / temperature
+    return logits / (temperature[..., None].to(logits) if isinstance(temperature, Tensor) else temperature)
 
 
-def check_arguments(hidden: Tensor, heads: Sequence[LinearHead], chunk_size: int, temperature: float) -> None:
+def check_arguments(
+    hidden: Tensor,
+    heads: Sequence[LinearHead],
+    chunk_size: int,
+    temperature: float | Float[Tensor, "B T"],
+    tokens: Int[Tensor, "B T"],
+) -> None:
     """Refuses what neither form of the statistics can use.
 
     Raises:
-        ValueError: heads that are not one a depth, a chunk size below 1, a temperature that is not positive.
+        ValueError: heads that are not one a depth, a chunk size below 1, a temperature that is not positive or not one
+            a target row.
     """
     if len(heads) != len(hidden):
         raise ValueError(f"heads: expected one a depth, {len(hidden)}, got {len(heads)}; repeat a head that is shared")
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1 target row, got {chunk_size}")
-    _check_temperature(temperature)
+    _check_temperature(temperature, tokens)
 
 
-def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
+def _check_temperature(temperature: float | Tensor, tokens: Int[Tensor, "*rows"]) -> None:
+    values = torch.as_tensor(temperature)
+    if values.dim() > 0 and values.shape != tokens.shape:
+        raise ValueError(f"temperature: expected one number or {tuple(tokens.shape)}, got {tuple(values.shape)}")
+    if not (values > 0).all():
         raise ValueError(
-            f"temperature: expected a positive number, got {temperature}; T = 0 is what top1 and hit measure"
+            f"temperature: expected positive numbers, got {values.min():g}; T = 0 is what top1 and hit measure"
         )

@@ -30,8 +30,8 @@ class FilterAware(Wrapping):
         super().__init__(base)
         self.top_k, self.top_p = top_k, top_p
 
-    def comparison(self) -> Comparison:
-        return self.base.comparison()._replace(top_k=self.top_k, top_p=self.top_p)
+    def comparison(self, shape: tuple[int, ...]) -> Comparison:
+        return self.base.comparison(shape)._replace(top_k=self.top_k, top_p=self.top_p)
 
     def describe(self) -> str:
         return f"filter_aware({self.base.describe()}, top_k={self.top_k}, top_p={self.top_p:g})"

@@ -52,7 +52,7 @@ def fused_token_stats(
     tokens: Int[Tensor, "B T"],
     mask: Bool[Tensor, "K B T"],
     *,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, "B T"] = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     target_summary: HeadSummary | None = None,
@@ -79,8 +79,10 @@ def fused_token_stats(
     target_filter = TargetFilter(top_k, top_p)
     if chunk_size is None:
         chunk_size = chunk_rows(vocab, len(heads), hidden.device, filtered=target_filter.is_on)
-    check_arguments(hidden, heads, chunk_size, temperature)
-    if vocab.is_full or target_filter.is_on or temperature != 1.0:
+    check_arguments(hidden, heads, chunk_size, temperature, tokens)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(hidden.device)
+    if vocab.is_full or target_filter.is_on or isinstance(temperature, Tensor) or temperature != 1.0:
         target_summary = None
     walk = ChunkWalk(
         heads=tuple(heads),

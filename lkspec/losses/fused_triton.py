@@ -553,13 +553,13 @@ def d_logits(
 
 
 def _readable(logits: Logits) -> tuple[Float[Tensor, "R W"], float]:
-    """What kernels read, and what they multiply it by: the product itself, or float32 logits over the temperature."""
+    """What kernels read, and what they multiply it by: the product itself, or float32 logits over the temperatures."""
     product, head = logits.product, logits.head
-    scale = head.scale / logits.temperature
-    plain = head.bias is None and head.soft_cap is None and scale > 0
+    plain = head.bias is None and head.soft_cap is None and head.scale > 0
     # float16 has no number that can stand behind a row's end.
-    if plain and product.dtype in (torch.bfloat16, torch.float32):
-        return product, scale
+    plain &= product.dtype in (torch.bfloat16, torch.float32)
+    if plain and not isinstance(logits.temperature, Tensor):
+        return product, head.scale / logits.temperature
     values = logits.values(slice(0, len(product)), torch.float32)
     return (values.clone() if values is product else values), 1.0
 

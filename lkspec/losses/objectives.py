@@ -21,7 +21,7 @@ from lkspec.types import TokenStats
 class Comparison(NamedTuple):
     """How p and q are formed before training compares them: the options of ``token_stats``."""
 
-    temperature: float = 1.0
+    temperature: float | Float[Tensor, "B T"] = 1.0
     top_k: int = 0
     top_p: float = 1.0
 
@@ -42,8 +42,8 @@ class Objective(ABC):
         """For form (b), the function to give to ``token_stats``; None for form (a)."""
         return None
 
-    def comparison(self) -> Comparison:
-        """Asked once a training micro-batch, whose statistics are of these p and q; validation takes plain ones."""
+    def comparison(self, shape: tuple[int, ...]) -> Comparison:
+        """The p and q of a training micro-batch of [B, T] tokens, asked once for each; validation takes plain ones."""
         return Comparison()
 
     @abstractmethod

@@ -28,12 +28,12 @@ class Logits(NamedTuple):
     Attributes:
         product: h W^T in the head's precision.
         head: says what follows.
-        temperature: divides the logits.
+        temperature: divides the logits; a tensor has one a row.
     """
 
     product: Float[Tensor, "R W"]
     head: LinearHead
-    temperature: float
+    temperature: float | Float[Tensor, " R"]
 
     def values(self, block: slice, dtype: torch.dtype) -> Float[Tensor, "r W"]:
         """Of a block of rows, the logits over the temperature; a view of the product where nothing changes it."""
@@ -44,17 +44,25 @@ class Logits(NamedTuple):
             values = values + head.bias
         if head.soft_cap is not None:
             values = head.soft_cap * torch.tanh(values / head.soft_cap)
-        return values if self.temperature == 1.0 else values / self.temperature
+        temperature = self._divisor(block, dtype)
+        return values / temperature if isinstance(temperature, Tensor) or temperature != 1.0 else values
 
     def overwrite(self, block: slice, slopes: Float[Tensor, "r W"], values: Float[Tensor, "r W"] | None) -> None:
         """Puts d loss / d product in the product's place, from d loss / d values; a soft cap asks for the values."""
-        if (factor := self.head.scale / self.temperature) != 1.0:
+        temperature = self._divisor(block, slopes.dtype)
+        factor = self.head.scale / temperature
+        if isinstance(factor, Tensor) or factor != 1.0:
             slopes.mul_(factor)
         if self.head.soft_cap is not None:
             assert values is not None
-            slopes = slopes * (1 - (values * (self.temperature / self.head.soft_cap)) ** 2)
+            slopes = slopes * (1 - (values * (temperature / self.head.soft_cap)) ** 2)
         if (place := self.product[block]).data_ptr() != slopes.data_ptr():
             place.copy_(slopes)
+
+    def _divisor(self, block: slice, dtype: torch.dtype) -> float | Float[Tensor, "r 1"]:
+        if isinstance(self.temperature, Tensor):
+            return self.temperature[block, None].to(dtype)
+        return self.temperature
 
 
 class TargetRows(NamedTuple):

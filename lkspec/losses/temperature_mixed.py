@@ -11,10 +11,11 @@ from lkspec.losses.wrapping import Wrapping
 
 
 class TemperatureMixed(Wrapping):
-    """Another objective at a temperature drawn for each micro-batch, uniform in [low, high], for p and q alike.
+    """Another objective at a temperature drawn for each token, uniform in [low, high], for p and q alike.
 
-    The text stays that of the data; only what is compared at its tokens changes. Temperatures come from torch's own
-    generator, which checkpoints keep. Near T = 0 p and q are point masses and alpha is agreement on the largest logit.
+    The text stays that of the data; only what is compared at its tokens changes. A token has the same temperature at
+    all depths that propose it. Temperatures come from torch's own generator, which checkpoints keep. Near T = 0 p and q
+    are point masses and alpha is agreement on the largest logit.
 
     Args:
         base: the objective.
@@ -30,9 +31,9 @@ class TemperatureMixed(Wrapping):
         super().__init__(base)
         self.low, self.high = low, high
 
-    def comparison(self) -> Comparison:
-        drawn = self.low + (self.high - self.low) * float(torch.rand((), dtype=torch.float64))
-        return self.base.comparison()._replace(temperature=drawn)
+    def comparison(self, shape: tuple[int, ...]) -> Comparison:
+        drawn = torch.empty(shape, device="cpu").uniform_(self.low, self.high)
+        return self.base.comparison(shape)._replace(temperature=drawn)
 
     def describe(self) -> str:
         return f"temperature_mixed({self.base.describe()}, T={self.low:g}..{self.high:g})"

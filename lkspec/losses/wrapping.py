@@ -25,8 +25,8 @@ class Wrapping(Objective):
     def row_value(self) -> RowValue | None:
         return self.base.row_value
 
-    def comparison(self) -> Comparison:
-        return self.base.comparison()
+    def comparison(self, shape: tuple[int, ...]) -> Comparison:
+        return self.base.comparison(shape)
 
     def values(self, stats: TokenStats, mean_alpha: Float[Tensor, " K"]) -> Float[Tensor, "K B T"]:
         return self.base.values(stats, mean_alpha)

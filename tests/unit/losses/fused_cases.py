@@ -22,6 +22,8 @@ K, B, T, H, HT, V = 3, 2, 12, 4, 5, 11
 TRUNCATED, FULL = DraftVocab(torch.tensor([0, 2, 3, 5, 8, 9]), V), DraftVocab.full(V)
 #: Turns that end in the row, at its end, and that are too short for the deeper depths.
 TURNS = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0, 2, 2, 2, 0], [0, 1, 1, 1, 0, 0, 2, 2, 2, 2, 2, 2]])
+#: One for each target row, all different.
+TEMPERATURES = 0.4 + torch.arange(B * T).reshape(B, T) / 20
 NAMES = ("kl", "reverse_kl", "log_alpha", "accept_prob", "top1", "hit", "coverage")
 DIFFERENTIABLE = ("kl", "reverse_kl", "log_alpha")
 
@@ -116,7 +118,7 @@ def make_case(
     )
 
 
-def naive(case: Case, temperature: float = 1.0) -> dict[str, Tensor]:
+def naive(case: Case, temperature: float | Tensor = 1.0) -> dict[str, Tensor]:
     """A loop in float64: depth k at anchor t proposes x_{t+1+k}; its target distribution is the target's row t + k."""
 
     def logits(head: LinearHead, hidden: Tensor) -> Tensor:
@@ -128,7 +130,10 @@ def naive(case: Case, temperature: float = 1.0) -> dict[str, Tensor]:
         z_q = logits(case.heads[depth], case.hidden[depth, row, anchor])
         z_p = logits(case.target_head, case.target_hidden[row, anchor + depth + 1])
         token = int(case.tokens[row, anchor + depth + 2])
-        for name, value in naive_stats(z_q, z_p, token, case.vocab, temperature).items():
+        divisor = float(
+            torch.as_tensor(temperature, dtype=torch.float64).expand(case.tokens.shape)[row, anchor + depth + 1]
+        )
+        for name, value in naive_stats(z_q, z_p, token, case.vocab, divisor).items():
             full[name][depth, row, anchor] = value
     return full
 
@@ -156,7 +161,11 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: float, what: object = 
 
 
 def assert_equals_reference(
-    case: Case, *, temperature: float = 1.0, chunk_size: int | None = 4, summary: HeadSummary | None = None
+    case: Case,
+    *,
+    temperature: float | Tensor = 1.0,
+    chunk_size: int | None = 4,
+    summary: HeadSummary | None = None,
 ) -> None:
     """Every statistic elementwise, and every gradient of a loss that weighs all entries differently."""
     ours = as_dict(case.fused(temperature=temperature, chunk_size=chunk_size, target_summary=summary))

@@ -10,6 +10,7 @@ import torch
 from fused_cases import (
     DIFFERENTIABLE,
     FULL,
+    TEMPERATURES,
     TRUNCATED,
     Case,
     K,
@@ -56,14 +57,15 @@ def loss_of_reference(case: Case, objective: Objective, gamma: float = 0.8, **op
     return reduce_loss(objective.values(stats, UNUSED), case.mask, counts(case), gamma)
 
 
+@pytest.mark.parametrize("temperature", [0.8, TEMPERATURES], ids=["0.8", "by_row"])
 @pytest.mark.parametrize("factor", [1.0, 8.0, -0.01])
 @pytest.mark.parametrize("objective", OF_THE_ROW, ids=repr)
 @pytest.mark.parametrize("vocab", [TRUNCATED, FULL], ids=["truncated", "full"])
-def test_equals_reference(vocab: DraftVocab, objective: Objective, factor: float):
+def test_equals_reference(vocab: DraftVocab, objective: Objective, factor: float, temperature: float | Tensor):
     """``factor`` is what DDP's world size, or a loss scale, multiplies the loss by."""
     case = make_case(vocab=vocab, heads="ABA", shaped=True, mask=masks()["holes"])
-    ours = loss_in_forward(case, objective, gamma=0.5, temperature=0.8, chunk_size=4)
-    theirs = loss_of_reference(case, objective, gamma=0.5, temperature=0.8)
+    ours = loss_in_forward(case, objective, gamma=0.5, temperature=temperature, chunk_size=4)
+    theirs = loss_of_reference(case, objective, gamma=0.5, temperature=temperature)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
     for one, two in zip(gradients(case, factor * ours), gradients(case, factor * theirs), strict=True):
         assert_close(one, two, 1e-5)

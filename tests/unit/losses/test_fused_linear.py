@@ -10,6 +10,7 @@ from fused_cases import (
     DIFFERENTIABLE,
     FULL,
     NAMES,
+    TEMPERATURES,
     TRUNCATED,
     Case,
     as_dict,
@@ -70,8 +71,8 @@ def test_only_the_bias_or_only_the_weight_learns():
 
 
 @pytest.mark.parametrize("mask", masks().values(), ids=masks().keys())
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_masks_and_temperatures(mask: Tensor, temperature: float):
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7, TEMPERATURES], ids=["1", "0.6", "1.7", "by_row"])
+def test_masks_and_temperatures(mask: Tensor, temperature: float | Tensor):
     assert_equals_reference(make_case(mask=mask, shaped=True), temperature=temperature)
 
 
@@ -107,9 +108,9 @@ def test_a_loss_of_some_statistics(names: tuple[str, ...]):
         assert_close(one, two, 1e-5)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, TEMPERATURES.double()], ids=["1", "0.6", "by_row"])
 @pytest.mark.parametrize("vocab", [TRUNCATED, FULL], ids=["truncated", "full"])
-def test_float64_equals_naive_loop(vocab: DraftVocab, temperature: float):
+def test_float64_equals_naive_loop(vocab: DraftVocab, temperature: float | Tensor):
     case = make_case(vocab=vocab, heads="ABA", shaped=True, mask=masks()["holes"], dtype=torch.float64)
     ours, expected = as_dict(case.fused(temperature=temperature, chunk_size=4)), naive(case, temperature)
     for name in NAMES:
@@ -148,11 +149,11 @@ def test_gradcheck():
     vocab = DraftVocab(torch.tensor([0, 1, 3, 4]), 6)
     mask = torch.tensor([[[1, 0, 1, 0, 0]], [[1, 1, 0, 0, 0]]]).bool()
     case = make_case(vocab=vocab, heads="AA", mask=mask, shaped=True, dtype=torch.float64)
-    head = case.heads[0]
+    head, temperatures = case.heads[0], torch.linspace(0.5, 1.5, 5, dtype=torch.float64)[None]
 
     def statistics(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         draft = replace(head, weight=weight, bias=bias)
-        stats = replace(case, hidden=hidden, heads=[draft, draft]).fused(temperature=0.7, chunk_size=2)
+        stats = replace(case, hidden=hidden, heads=[draft, draft]).fused(temperature=temperatures, chunk_size=2)
         return stats.kl, stats.reverse_kl, stats.log_alpha
 
     assert torch.autograd.gradcheck(statistics, (case.hidden, head.weight, head.bias))

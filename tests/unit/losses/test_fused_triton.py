@@ -18,6 +18,7 @@ from fused_cases import (
     DIFFERENTIABLE,
     FULL,
     NAMES,
+    TEMPERATURES,
     TRUNCATED,
     Case,
     as_dict,
@@ -85,7 +86,7 @@ class Rows(NamedTuple):
     target: Tensor
     tokens: Tensor
     vocab: DraftVocab
-    temperature: float
+    temperature: float | Tensor
     top_k: int
 
 
@@ -94,7 +95,7 @@ def make_rows(
     num_rows: int,
     *,
     dtype: torch.dtype = torch.float32,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     scale: float = 2.0,
     holes: bool = False,
     top_k: int = 0,
@@ -128,7 +129,8 @@ def computed(
     device, kernels = torch.device(place.device), place.rows
     vocab, tile = DraftVocab(rows.vocab.ids, rows.vocab.target_size).to(device), kernels.Tile(8, lanes, 1)
     head = LinearHead(torch.empty(0, 0))
-    draft, target_logits = (Logits(x.clone().to(device), head, rows.temperature) for x in (rows.draft, rows.target))
+    temperature = rows.temperature.to(device) if isinstance(rows.temperature, Tensor) else rows.temperature
+    draft, target_logits = (Logits(x.clone().to(device), head, temperature) for x in (rows.draft, rows.target))
     scratch = Scratch(device, torch.float32)
     target = kernels.read_target(target_logits, vocab, TargetFilter(rows.top_k), scratch, tile=tile)
     stats = kernels.row_stats(draft, target, rows.tokens.to(device), vocab, scratch, tile=tile)
@@ -136,7 +138,7 @@ def computed(
     assert untouched, "statistics leave the logits as they are"
     slopes = {name: slope.float().to(device) for name, slope in slopes.items()}
     if in_one:
-        columns = Logits(vocab.restrict(target_logits.product).clone(), head, rows.temperature)
+        columns = Logits(vocab.restrict(target_logits.product).clone(), head, temperature)
         if not rows.top_k:
             target = kernels.read_target_columns(columns, target.log_coverage, scratch, tile=tile)
         kernels.d_logits(draft, target, dict(stats), slopes, scratch, tile=tile)
@@ -171,8 +173,9 @@ both_vocabularies = pytest.mark.parametrize("vocab", VOCABULARIES.values(), ids=
 @both_vocabularies
 def test_rows_equal_float64(place: Place, vocab: DraftVocab, dtype: torch.dtype, in_one: bool):
     """Three tiles a row, the last one ragged; two programs, the last one ragged."""
-    rows = make_rows(vocab, 11, dtype=dtype, temperature=0.7, holes=True)
-    assert_rows_equal(place, rows, in_one=in_one)
+    for temperature in (0.7, torch.linspace(0.5, 1.5, 11)):
+        rows = make_rows(vocab, 11, dtype=dtype, temperature=temperature, holes=True)
+        assert_rows_equal(place, rows, in_one=in_one)
 
 
 @pytest.mark.slow
@@ -300,11 +303,14 @@ def assert_equals_reference(place: Place, case: Case, *, summary: HeadSummary | 
         assert_close(one, two, 1e-5)
 
 
+@pytest.mark.parametrize("temperature", [0.7, TEMPERATURES], ids=["0.7", "by_row"])
 @pytest.mark.parametrize("shaped", [False, True], ids=["plain", "scale_bias_cap"])
 @pytest.mark.parametrize("vocab", [TRUNCATED, FULL], ids=["truncated", "full"])
-def test_recomputed_gradients_equal_reference(chosen: Place, vocab: DraftVocab, shaped: bool):
+def test_recomputed_gradients_equal_reference(
+    chosen: Place, vocab: DraftVocab, shaped: bool, temperature: float | Tensor
+):
     case = make_case(vocab=vocab, heads="AAB", shaped=shaped, mask=masks()["holes"])
-    assert_equals_reference(chosen, case, temperature=0.7)
+    assert_equals_reference(chosen, case, temperature=temperature)
 
 
 @pytest.mark.parametrize("shaped", [False, True], ids=["plain", "scale_bias_cap"])

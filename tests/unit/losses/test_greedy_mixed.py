@@ -68,7 +68,7 @@ def test_settings_of_the_base_stay():
     base = LKLambda(eta=3.0)
     objective = GreedyMixed(base)
     assert objective.scope == base.scope
-    assert objective.comparison() == base.comparison()
+    assert objective.comparison((2, 3)) == base.comparison((2, 3))
     assert objective.scalars(torch.ones(2)).keys() == base.scalars(torch.ones(2)).keys()
 
 

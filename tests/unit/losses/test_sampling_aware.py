@@ -40,15 +40,16 @@ def test_everything_but_the_comparison_is_the_base(base: Objective):
 
 
 def test_filters_and_temperatures_combine():
-    both = FilterAware(TemperatureMixed(KL(), low=0.5, high=0.5), top_k=3, top_p=0.8)
-    assert both.comparison() == Comparison(temperature=0.5, top_k=3, top_p=0.8)
-    assert KL().comparison() == Comparison()
+    both = FilterAware(TemperatureMixed(KL(), low=0.5, high=0.5), top_k=3, top_p=0.8).comparison((2, 3))
+    assert torch.equal(torch.as_tensor(both.temperature), torch.full((2, 3), 0.5))
+    assert (both.top_k, both.top_p) == (3, 0.8)
+    assert KL().comparison((2, 3)) == Comparison()
 
 
 def test_filtered_alpha_by_hand():
     target, draft = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.2, 0.2, 0.6]).double()
     objective = FilterAware(TV(), top_p=0.7)  # keeps two: 5/8 and 3/8
-    values = objective.values(stats_at(objective.comparison(), draft.log(), target.log()), torch.zeros(1))
+    values = objective.values(stats_at(objective.comparison((1, 1)), draft.log(), target.log()), torch.zeros(1))
     assert values.item() == pytest.approx(1 - (0.2 + 0.2))
     plain = TV().values(stats_at(Comparison(), draft.log(), target.log()), torch.zeros(1))
     assert plain.item() == pytest.approx(1 - (0.2 + 0.2 + 0.2))
@@ -61,7 +62,7 @@ def test_disjoint_supports_keep_a_useful_gradient(gap: float, base: Objective):
     target = torch.tensor([3.0, 1.0, 0.0, 2.5])
     draft = torch.tensor([0.0, 0.0, 0.0, gap], requires_grad=True)
     objective = FilterAware(base, top_k=1)
-    value = objective.values(stats_at(objective.comparison(), draft, target), torch.zeros(1)).sum()
+    value = objective.values(stats_at(objective.comparison((1, 1)), draft, target), torch.zeros(1)).sum()
     (slope,) = torch.autograd.grad(value, draft)
     assert math.isfinite(value.item())
     assert slope.isfinite().all()
@@ -72,13 +73,16 @@ def test_disjoint_supports_keep_a_useful_gradient(gap: float, base: Objective):
 def test_temperatures_fill_their_range_and_follow_the_seed():
     objective = TemperatureMixed(KL(), low=0.25, high=0.75)
     torch.manual_seed(5)
-    drawn = [objective.comparison().temperature for _ in range(400)]
-    assert min(drawn) >= 0.25
-    assert max(drawn) <= 0.75
-    assert max(drawn) - min(drawn) > 0.45
-    assert sum(drawn) / 400 == pytest.approx(0.5, abs=0.03)  # 4 standard errors
+    drawn = torch.as_tensor(objective.comparison((4, 100)).temperature)
+    assert drawn.shape == (4, 100)
+    assert drawn.min() >= 0.25
+    assert drawn.max() <= 0.75
+    assert drawn.max() - drawn.min() > 0.45
+    assert drawn.mean().item() == pytest.approx(0.5, abs=0.03)  # 4 standard errors
+    again = torch.as_tensor(objective.comparison((4, 100)).temperature)
+    assert not torch.equal(again, drawn)
     torch.manual_seed(5)
-    assert [objective.comparison().temperature for _ in range(3)] == drawn[:3]
+    assert torch.equal(torch.as_tensor(objective.comparison((4, 100)).temperature), drawn)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"top_k": 0, "top_p": 1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])

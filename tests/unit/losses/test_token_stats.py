@@ -59,14 +59,15 @@ def make_case(*, shared: bool = True) -> Case:
     )
 
 
-def naive(case: Case, temperature: float = 1.0) -> dict[str, Tensor]:
+def naive(case: Case, temperature: Tensor | None = None) -> dict[str, Tensor]:
     """Depth k at anchor t proposes x_{t+1+k}; its target distribution is the target's row t + k."""
     columns = {name: [] for name in NAMES}
     for depth, row, anchor in case.mask.nonzero().tolist():
         k = depth + 1
         z_q = case.heads[depth].logits(case.hidden[depth, row, anchor])
         z_p = case.target_head.logits(case.target_hidden[row, anchor + k])
-        row_stats = naive_stats(z_q, z_p, int(case.tokens[row, anchor + 1 + k]), VOCAB, temperature)
+        divisor = 1.0 if temperature is None else float(temperature[row, anchor + k])
+        row_stats = naive_stats(z_q, z_p, int(case.tokens[row, anchor + 1 + k]), VOCAB, divisor)
         for name in NAMES:
             columns[name].append(row_stats[name])
     full = {}
@@ -102,9 +103,11 @@ def test_equals_naive_loop(shared: bool, chunk_size: int):
 
 def test_temperature():
     case = make_case()
-    stats, expected = case.stats(temperature=0.5), naive(case, 0.5)
-    for name in NAMES:
-        assert torch.allclose(getattr(stats, name), expected[name], atol=1e-12), name
+    by_row = torch.linspace(0.4, 1.6, B * T, dtype=torch.float64).view(B, T)
+    for temperature, values in ((0.5, torch.full((B, T), 0.5)), (by_row, by_row)):
+        stats, expected = case.stats(temperature=temperature), naive(case, values)
+        for name in NAMES:
+            assert torch.allclose(getattr(stats, name), expected[name], atol=1e-12), name
 
 
 def test_masked_off_entries_may_hold_anything():
@@ -198,8 +201,10 @@ def test_refuses_what_does_not_fit():
         token_stats(case.hidden, case.heads[:2], case.target_hidden, case.target_head, VOCAB, case.tokens, case.mask)
     with pytest.raises(ValueError, match="chunk_size"):
         case.stats(chunk_size=0)
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(ValueError, match="temperature: expected positive numbers, got 0; T = 0 is what"):
         case.stats(temperature=0.0)
+    with pytest.raises(ValueError, match=rf"temperature: expected one number or \({B}, {T}\), got \({T},\)"):
+        case.stats(temperature=torch.ones(T))
     for anchor in (T - 2, T - 1):  # x_{t+2} does not exist
         past_end = torch.zeros_like(case.mask)
         past_end[0, 0, anchor] = True
