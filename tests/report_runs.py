@@ -34,6 +34,7 @@ def make_run(
     loss: str = "kl",
     seed: int = 0,
     tag: str = "00000000",
+    arguments: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
     overrides: Sequence[str] | None = None,
 ) -> RunFolder:
@@ -41,10 +42,11 @@ def make_run(
     changed = {**CONFIG, **(config or {})}
     data = {**changed["data"], "seed": seed}
     names = {"draft": draft, "loss": loss, "target": "tiny", "data": "tiny"}
-    arguments = {"loss": {"_target_": f"lkspec.losses.objectives.{loss}", **LOSSES[loss]}, "seed": seed}
+    given = LOSSES[loss] if arguments is None else arguments
+    of_loss = {"_target_": f"lkspec.losses.objectives.{loss}", **given}
     typed = [f"draft={draft}", f"loss={loss}", f"seed={seed}"] if overrides is None else list(overrides)
     name = f"{draft}-{loss}-tiny-s{seed}-{tag}"
-    full = {**changed, "data": data, "names": names, **arguments}
+    full = {**changed, "data": data, "names": names, "loss": of_loss, "seed": seed}
     origin = {"commit": "none", "dirty": "none"}
     # Asking git and hashing the package for every run would take most of the time.
     with patch.multiple(results, _git_state=lambda: origin, code_hash=lambda: "ab"):
@@ -81,9 +83,10 @@ def decoded(
     accepted = np.array([row.accepted for row in rounds])
     whole = np.array([row.accepted for row in rounds if not row.past_end])
     full = {"name": benchmark, "num_prompts": num_prompts, "max_new_tokens": 32, "batch_size": 4, **(protocol or {})}
+    loss_args = {key: value for key, value in config["loss"].items() if key != "_target_"}
     row = ResultRow(
         run=run.name, commit="none", code_hash="ab", draft=config["names"]["draft"], loss=config["names"]["loss"],
-        loss_args=json.dumps(LOSSES[config["names"]["loss"]]), target="tiny", data_fingerprint="f", seed=config["seed"],
+        loss_args=json.dumps(loss_args), target="tiny", data_fingerprint="f", seed=config["seed"],
         supervised_tokens=100, steps=10, benchmark=benchmark, temperature=temperature, num_draft_tokens=depths,
         engine="lkspec", tau=1 + float(accepted.mean()), low=1.0, high=2.0,
         alpha=tuple(float((accepted >= k).mean()) for k in range(1, depths + 1)),

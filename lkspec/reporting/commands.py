@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lkspec.reporting.held_out import HELD_OUT
-from lkspec.reporting.labels import label, objective_overrides
+from lkspec.reporting.labels import label, published_overrides
 from lkspec.reporting.series import Series
 
 # Settings of a measurement: what `lkspec evaluate` (or the end of training) can be asked for.
@@ -66,15 +66,25 @@ class Commands:
         model = max(self._series, key=lambda one: sum(label(one.get(name)) == recipe[name] for name in recipe))
         overrides = [text for text in model.run.overrides if not text.startswith(("on_existing=", "resume="))]
         for name, value in recipe.items():
-            if label(model.get(name)) != value:
-                changes = objective_overrides(value) if name == "objective" else [f"{name}={value}"]
-                overrides = _overridden(overrides, changes)
+            if name == "objective":  # even the model's own: a setting of it may follow the draft, which changes
+                overrides = _overridden(overrides, self._objective(value))
+            elif label(model.get(name)) != value:
+                overrides = _overridden(overrides, [f"{name}={value}"])
         seeds = sorted({label(one.get("seed")) for one in self._series})
         if "seed" not in recipe:
             overrides = _overridden(overrides, [f"seed={','.join(seeds)}"])
         sweep = ["-m"] if len(seeds) > 1 and "seed" not in recipe else []
         self._trainings[key] = shlex.join(["lkspec", "train", *sweep, *overrides])
         return number
+
+    def _objective(self, objective: str) -> list[str]:
+        """The overrides that train an objective: what a run with it was given, which a name alone may not tell."""
+        known = next((one for one in self._series if one.get("objective") == objective), None)
+        if known is None:
+            return published_overrides(objective)
+        given = {key: value for key, value in known.config.items() if key.startswith("loss.") and value is not None}
+        given.pop("loss._target_")
+        return [f"loss={known.get('loss')}", *(f"{key}={label(value)}" for key, value in given.items())]
 
 
 def _overridden(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:

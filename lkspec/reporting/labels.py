@@ -1,4 +1,4 @@
-"""How settings are written in tables, and how an objective's name leads back to the overrides that train it."""
+"""How settings are written in tables, and how the name of a published objective leads back to what trains it."""
 
 from __future__ import annotations
 
@@ -46,13 +46,10 @@ def objective_label(loss: str, arguments: Mapping[str, Any]) -> str:
     return text
 
 
-def objective_overrides(objective: str) -> list[str]:
-    """The overrides of ``lkspec train`` that an objective's label stands for: the inverse of ``objective_label``."""
+def published_overrides(objective: str) -> list[str]:
+    """The overrides of ``lkspec train`` behind the label of an objective of the paper, which no run need have."""
     if match := re.fullmatch(r"(lk_lambda_fixed)_([\d.]+)", objective):
         return [f"loss={match[1]}", f"loss.fixed_lambda={match[2]}"]
-    if match := re.fullmatch(r"([a-z_]+)_[A-Z][A-Za-z]*((?:_[a-z_]+_[\d.]+)*)", objective):  # wraps the class it names
-        settings = re.findall(r"_([a-z_]+)_([\d.]+)", match[2])
-        return [f"loss={match[1]}", *(f"loss.{key}={value}" for key, value in settings)]
     if match := re.fullmatch(r"(\w+?)_eta_([\d.]+)", objective):
         return [f"loss={match[1]}", f"loss.eta={match[2]}"]
     return [f"loss={objective}"]
