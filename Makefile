@@ -48,7 +48,8 @@ $(CAPTURED)/manifest.json: $(MODEL)
 
 captured: $(CAPTURED)/manifest.json ## the target's states of the embedded set, for ablations and duels (2.4 GB, up to an hour on a core)
 
-# make ablation-loss ARGS='loss=kl,lk_alpha seed=0,1' narrows or extends it; DRY=1 lists jobs and hours, and runs nothing.
+# make ablation-loss ARGS='loss=kl,lk_alpha seed=0,1' narrows or extends it; DRY=1 runs nothing: it lists jobs and
+# hours, and shows the table of those that are done.
 ablation-%: $(if $(DRY),$(MODEL),$(CAPTURED)/manifest.json) ## ablation-loss, -draft, -eta, -vocab, ...: a sweep of conf/experiment/ablation_*.yaml
 	$(BIN)/lkspec train -m experiment=ablation_$* $(if $(DRY),plan=true) $(ARGS)
 

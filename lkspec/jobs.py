@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import json
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -154,22 +155,30 @@ def is_held(root: Path, name: str) -> bool:
         return not free
 
 
-def estimated_seconds(root: Path, *, draft: str, target: str, supervised_tokens: int | None) -> float | None:
-    """Wall time of a job: its tokens times the median time a token of finished runs with its draft and target.
+def estimated_seconds(root: Path, config: Mapping[str, Any], *, supervised_tokens: int | None) -> float | None:
+    """Wall time of a job: its tokens times the median time a token of finished runs that do the same work.
 
-    None where no such run is under ``root``, or the number of tokens is not known.
+    Those are the runs with its draft and target in all settings, or where there are none, by name. None where ``root``
+    holds neither, or the number of tokens is not known.
     """
-    known = _seconds_per_token(root).get((draft, target))
-    return None if known is None or supervised_tokens is None else supervised_tokens * statistics.median(known)
+    known = _seconds_per_token(root)
+    alike = next((known[work] for work in _work(config) if work in known), None)
+    return None if alike is None or supervised_tokens is None else supervised_tokens * statistics.median(alike)
+
+
+def _work(config: Mapping[str, Any]) -> tuple[str, str]:
+    """What the time a token depends on besides the machine: exactly, and roughly."""
+    settings = [config["draft"], config["vocab"], config["target"], config["states_dir"] is None]
+    return json.dumps(settings, sort_keys=True), f"{config['names']['draft']} {config['names']['target']}"
 
 
 @functools.cache
-def _seconds_per_token(root: Path) -> dict[tuple[str, str], list[float]]:
-    found: dict[tuple[str, str], list[float]] = {}
+def _seconds_per_token(root: Path) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
     for run in list_runs(root):
         metrics = run.read_metrics()
         seconds, tokens = metrics.get(SECONDS), metrics.get("train/supervised_tokens")
         if isinstance(seconds, float) and isinstance(tokens, float) and tokens > 0:
-            names = run.config["names"]
-            found.setdefault((names["draft"], names["target"]), []).append(seconds / tokens)
+            for work in _work(run.config):
+                found.setdefault(work, []).append(seconds / tokens)
     return found

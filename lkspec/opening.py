@@ -219,9 +219,7 @@ def planned(config: DictConfig) -> dict[str, Any]:
     seconds = None
     if state not in (State.DONE, State.RUNNING):
         tokens = _supervised_tokens(config, _facts(config))
-        seconds = estimated_seconds(
-            root, draft=config.names.draft, target=config.names.target, supervised_tokens=tokens
-        )
+        seconds = estimated_seconds(root, resolved(config), supervised_tokens=tokens)
     return {"folder": str(folder.path), "state": state, "changes": changes, "seconds": seconds}
 
 

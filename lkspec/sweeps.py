@@ -165,12 +165,15 @@ def finish(*, interrupted: bool) -> int:
         Path(journal).unlink()
     if not jobs:  # what was typed is not even a sweep
         return 0
-    if any("plan" in job for job in jobs):
-        print_plan([job["plan"] for job in jobs if "plan" in job])
+    if plans := [job for job in jobs if "plan" in job]:
+        print_plan([job["plan"] for job in plans])
+        done = [job for job in plans if job["plan"]["state"] == "done"]
+        _print_table([job["plan"]["folder"] for job in done], [job["overrides"] for job in done])
         return 1 if any(job.get("state") == "failed" for job in jobs) else 0
     status = _summarise(jobs, interrupted=interrupted)
     if KEPT_JOURNAL not in os.environ:  # whoever keeps the journal compares the runs in a way of its own
-        _print_table([job for job in jobs if job.get("ended") and "folder" in job and job["state"] != "failed"])
+        ended = [job for job in jobs if job.get("ended") and "folder" in job and job["state"] != "failed"]
+        _print_table([job["folder"] for job in ended], [job["overrides"] for job in ended])
     return status
 
 
@@ -201,13 +204,13 @@ def _summarise(jobs: Sequence[dict[str, Any]], *, interrupted: bool) -> int:
     return 1 if failed or open_ else 0
 
 
-def _print_table(jobs: Sequence[dict[str, Any]]) -> None:
+def _print_table(folders: Sequence[str], overrides: Sequence[Sequence[str]]) -> None:
     """What the finished jobs measured, and the command that shows it in other ways."""
     from lkspec.reporting.of_sweep import sweep_table  # pandas and all: nothing that a job should wait for
     from lkspec.reporting.renderers import terminal
 
     try:
-        found = sweep_table([Path(job["folder"]) for job in jobs], [job["overrides"] for job in jobs])
+        found = sweep_table([Path(folder) for folder in folders], overrides)
     except ValueError as error:
         console.print(f"no table of these jobs: {error}", soft_wrap=True, highlight=False, markup=False)
         return

@@ -112,6 +112,9 @@ def test_a_sweep_ends_in_a_table_and_the_command_that_makes_it(lkspec_cli, tmp_p
     again = lkspec_cli("report", *options)
     assert again.code == 0, again
     assert "| lk_alpha | " in again.out
+    planned = lkspec_cli(*command, "on_existing=continue", "loss=kl,lk_alpha", "seed=0,1", "plan=true")
+    assert "nothing was run" in planned.out
+    assert printed in planned.out, "a plan shows what is measured already"
 
 
 def test_jobs_share_the_target_and_the_tokenised_data_and_train_as_if_alone(lkspec_cli, monkeypatch):

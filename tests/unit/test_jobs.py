@@ -156,18 +156,33 @@ def test_a_name_is_held_by_one_at_a_time(tmp_path):
 
 def test_hours_are_those_of_finished_runs_of_the_same_draft_and_target(tmp_path):
     jobs._seconds_per_token.cache_clear()
-    seen = {"a": ("mlp", 100.0, 1000.0), "b": ("mlp", 300.0, 1000.0), "c": ("mlp", 90.0, 300.0), "d": ("mtp", 7.0, 1.0)}
-    for name, (draft, seconds, tokens) in seen.items():
-        config = {"names": {"draft": draft, "target": "tiny"}}
-        folder = RunFolder.create(tmp_path, name, config=config, overrides=[])
+    seen = {
+        "a": ("mlp", 4096, 100.0, 1000.0), "b": ("mlp", 4096, 300.0, 1000.0), "c": ("mlp", 4096, 90.0, 300.0),
+        "d": ("mtp", None, 7.0, 1.0), "e": ("mlp", 64, 20.0, 1000.0), "f": ("mlp", 64, 20.0, 1000.0),
+    }  # fmt: skip
+
+    def config(draft: str, vocab: int | None) -> dict:
+        names = {"draft": draft, "target": "tiny"}
+        return {
+            "names": names,
+            "draft": {"_target_": draft},
+            "target": {},
+            "vocab": {"size": vocab},
+            "states_dir": None,
+        }
+
+    for name, (draft, vocab, seconds, tokens) in seen.items():
+        folder = RunFolder.create(tmp_path, name, config=config(draft, vocab), overrides=[])
         folder.write_metrics({jobs.SECONDS: seconds, "train/supervised_tokens": tokens})
-    RunFolder.create(tmp_path, "e", config={"names": {"draft": "mlp", "target": "tiny"}}, overrides=[])
+    RunFolder.create(tmp_path, "unfinished", config=config("mlp", 4096), overrides=[])
 
-    def seconds(draft: str, tokens: int | None) -> float | None:
-        return estimated_seconds(tmp_path, draft=draft, target="tiny", supervised_tokens=tokens)
+    def estimate(draft: str, tokens: int | None, vocab: int | None = 4096) -> float | None:
+        return estimated_seconds(tmp_path, config(draft, vocab), supervised_tokens=tokens)
 
-    assert seconds("mlp", 500) == pytest.approx(150.0)  # the median of 0.1, 0.3, 0.3 seconds a token
-    assert seconds("mtp", 3) == pytest.approx(21.0)
-    assert seconds("eagle3", 500) is None
-    assert seconds("mlp", None) is None
+    assert estimate("mlp", 500) == pytest.approx(150.0)  # the median of 0.1, 0.3, 0.3 seconds a token
+    assert estimate("mlp", 500, vocab=64) == pytest.approx(10.0)
+    assert estimate("mlp", 500, vocab=128) == pytest.approx(50.0)  # none is alike: of all with this draft
+    assert estimate("mtp", 3, vocab=None) == pytest.approx(21.0)
+    assert estimate("eagle3", 500) is None
+    assert estimate("mlp", None) is None
     jobs._seconds_per_token.cache_clear()
