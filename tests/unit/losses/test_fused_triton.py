@@ -364,7 +364,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lkspec.losses import fused_triton
+from lkspec.losses import triton_kernels
 
 INTEGERS = {"num_rows", "width", "target_width", "draft_width"}
 FLOATS = {"scale", "draft_scale", "target_scale", "factor"}
@@ -381,9 +381,9 @@ def compiled(kernel, **constants):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 16, "enable_fp_fusion": True})
 
 for result in (
-    compiled(fused_triton._target_kernel, TRUNCATED=True),
-    compiled(fused_triton._draft_kernel, HAS_TEXT=True, TRUNCATED=True, HAS_SLOPES=True, HAS_REVERSE=True),
-    compiled(fused_triton._slopes_kernel, HAS_REVERSE=False),
+    compiled(triton_kernels.target_kernel, TRUNCATED=True),
+    compiled(triton_kernels.draft_kernel, HAS_TEXT=True, TRUNCATED=True, HAS_SLOPES=True, HAS_REVERSE=True),
+    compiled(triton_kernels.slopes_kernel, HAS_REVERSE=False),
 ):
     assert result.asm["cubin"]
     assert "ld.global.v4.b32" in result.asm["ptx"], "logits are not read 16 bytes at a time"
