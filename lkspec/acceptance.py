@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lkspec.data.dataset import EncodedStore, collate
+from lkspec.data.planning import plan_evaluation
 from lkspec.decoding.walk import WalkCount, walk_turns
 from lkspec.drafts.base import Draft
 from lkspec.losses.fused_linear import fused_token_stats
@@ -44,22 +46,28 @@ def draft_stats(
     )
 
 
-def walk_rows(
-    batch: Batch, stats: TokenStats, accept: Float[Tensor, "K B T"], *, temperature: float, num_depths: int, steps: int
-) -> list[WalkRow]:
+def accept_probability(stats: TokenStats, temperature: float) -> Float[Tensor, "K B T"]:
+    """a_k at each anchor, from statistics at the temperature of the text.
+
+    min(1, q(x) / p(x)) for the text's own token x; at T = 0, of which there are no statistics and where those of any
+    temperature do, 1 where argmax q = x and 0 elsewhere.
+    """
+    return stats.hit if temperature == 0 else stats.accept_prob
+
+
+def walk_rows(batch: Batch, stats: TokenStats, *, temperature: float, num_depths: int, steps: int) -> list[WalkRow]:
     """The walk along every conversation of a batch with rounds of 1, 2, .. K drafted tokens, and its sums of alpha.
 
     Args:
         batch: conversations that the target wrote.
-        stats: their statistics, as training sees them.
-        accept: a_k at each anchor, at the temperature of the text.
+        stats: their statistics at the temperature of the text, for T = 0 at 1.
         temperature: of the text.
         num_depths: the largest K.
         steps: optimiser steps taken before.
     """
     mask = stats.mask[:num_depths].cpu().numpy()
     alpha = np.where(mask, stats.log_alpha[:num_depths].cpu().double().exp().numpy(), 0.0)
-    walks = walk_turns(accept[:num_depths], batch.turns)
+    walks = walk_turns(accept_probability(stats, temperature)[:num_depths], batch.turns)
     rows = []
     for conversation in batch.conversations():
         slots = conversation.slots
@@ -78,6 +86,37 @@ def walk_rows(
             WalkRow(conversation.name, conversation.key, temperature, steps, depth, *values)
             for depth, values in enumerate(columns, start=1)
         ]
+    return rows
+
+
+@torch.inference_mode()
+def walk_answers(
+    target: Target, draft: Draft, answers: EncodedStore, *, num_draft_tokens: int, steps: int
+) -> list[WalkRow]:
+    """Walks conversations that the target wrote, each at the temperature that it was written at.
+
+    Args:
+        target, draft: the models.
+        answers: conversations of known temperatures.
+        num_draft_tokens: the largest K.
+        steps: optimiser steps that the draft has taken.
+    """
+    rows = []
+    max_tokens = max([_TEXT_TOKENS, *answers.lengths])
+    for temperature in set(answers.temperatures):
+        assert temperature is not None
+        chosen = [index for index, known in enumerate(answers.temperatures) if known == temperature]
+        for (plan,) in plan_evaluation(answers.lengths, chosen, max_tokens=max_tokens, num_replicas=1, rank=0):
+            batch = collate([[answers[index] for index in row] for row in plan]).to(target.device)
+            stats = draft_stats(
+                draft,
+                batch,
+                target.states(batch),
+                target.head,
+                num_depths=num_draft_tokens,
+                temperature=temperature or 1.0,
+            )
+            rows += walk_rows(batch, stats, temperature=temperature, num_depths=num_draft_tokens, steps=steps)
     return rows
 
 
@@ -113,8 +152,7 @@ def walk_texts(
             num_depths=num_draft_tokens,
             temperature=temperature or 1.0,
         )
-        accept = stats.hit if temperature == 0 else stats.accept_prob
-        walks = walk_turns(accept, batch.turns)
+        walks = walk_turns(accept_probability(stats, temperature), batch.turns)
         for turn, row in enumerate(walks.rows.tolist()):
             along = [walks.count(turn, depth) for depth in range(1, num_draft_tokens + 1)]
             counts[indices[row]] = tuple(count if count.rounds > 0 else None for count in along)

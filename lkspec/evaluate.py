@@ -1,17 +1,22 @@
-"""``lkspec evaluate``: measures a finished run on benchmarks by real speculative decoding."""
+"""``lkspec evaluate``: measures a finished run by real speculative decoding, or along answers that are there."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 from omegaconf import DictConfig
 from rich.console import Console
 
+from lkspec.acceptance import walk_answers
 from lkspec.assemble import TrainedRun, open_run
 from lkspec.builders import build_benchmarks, run_facts
 from lkspec.config import entry_point, resolved
+from lkspec.data.dataset import EncodedStore
+from lkspec.data.tokenised import read_tokenised
 from lkspec.serving import serving_engine
 from lkspec.suite import Suite, SuiteOptions, draw_run
+from lkspec.targets.base import Target
 from lkspec.throughput import ThroughputOptions, comparable, measure_throughput, print_throughput
 
 console = Console()
@@ -19,8 +24,10 @@ console = Console()
 
 @entry_point("evaluate", fixed_by_run=True)
 def main(config: DictConfig) -> None:
-    """Writes results rows and rounds, or the throughput of an engine, into the run's folder."""
-    if config.get("throughput") is None:
+    """Writes results rows and rounds, the walk, or the throughput of an engine, into the run's folder."""
+    if config.answers is not None:
+        _walk(config)
+    elif config.get("throughput") is None:
         _acceptance(config)
     else:
         _throughput(config)
@@ -41,6 +48,38 @@ def _acceptance(config: DictConfig) -> None:
         suite.run(run.draft, stage=stage, step=run.step, supervised_tokens=run.info["num_supervised_seen"])
     draw_run(run.folder)
     console.print(f"results: {run.folder.results_file}", soft_wrap=True)
+
+
+def _walk(config: DictConfig) -> None:
+    if config.get("engine") is not None or config.get("throughput") is not None:
+        raise ValueError("answers are walked along without any engine: leave out engine and throughput")
+    from lkspec.reporting.layout import Layout  # pandas and all: decoding can do without
+    from lkspec.reporting.renderers import terminal
+    from lkspec.reporting.tables import build_table
+
+    run = open_run(config)
+    paths = resolved(config)["answers"]
+    answers = _answers([paths] if isinstance(paths, str) else paths, run.target)
+    rows = walk_answers(run.target, run.draft, answers, num_draft_tokens=run.draft.num_depths, steps=run.step)
+    run.folder.add_walk(rows)
+    layout = Layout(rows=["draft", "objective"], columns=["temperature"], value="walk")
+    terminal.show(build_table([run.folder], layout), console)
+
+
+def _answers(paths: Sequence[str], target: Target) -> EncodedStore:
+    """Conversations of all files, each with the temperature that it was written at."""
+    answers = EncodedStore()
+    for path in paths:
+        read = read_tokenised(path, target.tokenizer, max_length=target.max_positions, eos_ids=target.eos_ids)
+        for index in range(len(read.store)):
+            one = read.store[index]
+            if one.temperature is None:
+                raise ValueError(
+                    f"answers={path}: {one.id!r} does not say at which temperature the target wrote it; `lkspec "
+                    "generate` writes the field temperature into every row"
+                )
+            answers.append(one)
+    return answers
 
 
 def _throughput(config: DictConfig) -> None:

@@ -197,19 +197,10 @@ class SpeculatorModule(LightningModule):
             mean_alpha = masked_sums(stats)["alpha"] / masked_sums(stats)["count"].clamp(min=1)
             total.add(stats, self.objective.values(stats, mean_alpha))
             if temperature is not None:
-                walked = (
-                    stats
-                    if temperature in (0, 1)
-                    else self.stats(batch, comparison=Comparison(temperature=temperature))
-                )
-                accept = walked.hit if temperature == 0 else walked.accept_prob
+                if temperature not in (0, 1):
+                    stats = self.stats(batch, comparison=Comparison(temperature=temperature))
                 total.walked += walk_rows(
-                    batch,
-                    stats,
-                    accept,
-                    temperature=temperature,
-                    num_depths=total.walk_depths,
-                    steps=self.global_step,
+                    batch, stats, temperature=temperature, num_depths=total.walk_depths, steps=self.global_step
                 )
 
     def on_validation_epoch_end(self) -> None:

@@ -9,7 +9,7 @@ A run folder, ``<root>/<draft>-<loss>-<target>-s<seed>-<hash8>/``::
     tb/             TensorBoard
     metrics.json    the last value of every metric
     rounds.parquet  one row a round
-    walk.parquet    one row a held-out conversation x depth, of the last validation
+    walk.parquet    one row a held-out conversation x depth, of the last validation or a walk along other answers
     tokens.parquet  one row a token x depth of some held-out answers, where somebody asked for it
     results.csv     one row a benchmark x temperature x num_draft_tokens x engine x protocol x training steps
     identity.json   what besides its configuration the run's numbers depend on (see jobs.py)
@@ -309,6 +309,12 @@ class RunFolder:
     def write_walk(self, rows: Sequence[WalkRow]) -> None:
         """Replaces walk.parquet."""
         write_walk_rows(self._walk_file, rows)
+
+    def add_walk(self, rows: Sequence[WalkRow]) -> None:
+        """Adds rows to walk.parquet in place of those with the same conversation, temperature and depth."""
+        table = self.read_walk_table()
+        known = [] if table is None else [WalkRow(**row) for row in table.to_pylist()]
+        self.write_walk(list({(row.key, row.temperature, row.depth): row for row in [*known, *rows]}.values()))
 
     def read_walk_table(self) -> pa.Table | None:
         """The walk along the held-out conversations, a column a field of ``WalkRow``; None before the first write."""

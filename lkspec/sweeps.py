@@ -215,8 +215,7 @@ def _print_table(folders: Sequence[str], overrides: Sequence[Sequence[str]]) -> 
         console.print(f"no table of these jobs: {error}", soft_wrap=True, highlight=False, markup=False)
         return
     if found is not None:
-        for part in terminal.render(found.table):
-            console.print(part, soft_wrap=isinstance(part, str), highlight=False, markup=False)
+        terminal.show(found.table, console)
         console.print("the same in other ways (format=png out=picture.png, say):", highlight=False)
         console.print(found.command, soft_wrap=True, highlight=False, markup=False)
 

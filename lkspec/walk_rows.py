@@ -1,4 +1,4 @@
-"""The rows of walk.parquet: what the last validation saw of each held-out conversation, at each depth.
+"""The rows of walk.parquet: what validation, or `lkspec evaluate`, saw of each held-out conversation at each depth.
 
 The sums of a conversation are kept, not only those of the set, so that two runs can be compared conversation by
 conversation: most of the spread between texts is shared and cancels.
@@ -27,7 +27,7 @@ class WalkRow:
         steps: optimiser steps taken before.
         depth: k.
         num_tokens: tokens supervised at depth k.
-        alpha: sum of the acceptance rate over them.
+        alpha: sum of the acceptance rate over them, at that temperature (T = 0: at 1).
         rounds, accepted: expected ones of the walk with rounds of k drafted tokens; 0 where the answer is too short.
         at_least: expected rounds, of the walk with the largest k, that accept at least k tokens.
     """

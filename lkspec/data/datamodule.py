@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,15 +12,13 @@ from lightning import LightningDataModule
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lkspec.data.chat import Encoded, encode_conversation
-from lkspec.data.conversations import BadRows, OnBadRow, read_conversations
+from lkspec.data.chat import Encoded
+from lkspec.data.conversations import OnBadRow
 from lkspec.data.dataset import EncodedStore, EvaluationLoader, StepLoader, StepSampler
 from lkspec.data.encoded import EncodedData
 from lkspec.data.planning import plan_evaluation
-from lkspec.data.token_cache import TokenCache
+from lkspec.data.tokenised import read_tokenised
 from lkspec.types import Batch
-
-log = logging.getLogger(__name__)
 
 
 class SpeculatorDataModule(LightningDataModule):
@@ -138,37 +135,14 @@ class SpeculatorDataModule(LightningDataModule):
         return encoded
 
     def _tokenised(self, path: str, encoded: EncodedData) -> EncodedStore:
-        """The conversations of a path without those that have no supervised token left; what is left out is counted."""
+        """The conversations of a path; what is left out is counted."""
         assert self._tokenizer is not None, "call bind(...) before setup()"
-        cache = TokenCache(path, self._tokenizer, max_length=self.max_length, eos_ids=self._eos_ids)
-        if (known := cache.load()) is not None:
-            return known
-        read = read_conversations(path, on_bad_row=self.on_bad_row)
-        store, bad_rows, num_dropped = EncodedStore(), BadRows(self.on_bad_row), 0
-        for conversation in read.conversations:
-            try:
-                one = encode_conversation(
-                    self._tokenizer, conversation, max_length=self.max_length, eos_ids=self._eos_ids
-                )
-            except ValueError as error:
-                bad_rows.add(path, str(error))
-                continue
-            if one.num_supervised:
-                store.append(one)
-            else:
-                num_dropped += 1
-        cut = f"{num_dropped} conversations have no answer within data.max_length={self.max_length}"
-        if len(store) == 0:
-            raise ValueError(f"{path}: none of {len(read.conversations)} is left: {cut}, {bad_rows.summary()}")
-        if bad_rows.count:
-            log.warning("%s: %s", path, bad_rows.summary())
-        if num_dropped:
-            log.warning("%s: %s", path, cut)
-        encoded.num_bad_rows += read.bad_rows.count + bad_rows.count
-        encoded.num_dropped += num_dropped
-        if not (read.bad_rows.count or bad_rows.count or num_dropped):  # what is left out must be said in every run
-            cache.save(store)
-        return store
+        read = read_tokenised(
+            path, self._tokenizer, max_length=self.max_length, eos_ids=self._eos_ids, on_bad_row=self.on_bad_row
+        )
+        encoded.num_bad_rows += read.num_bad_rows
+        encoded.num_dropped += read.num_dropped
+        return read.store
 
     def train_dataloader(self) -> StepLoader:
         """Optimiser steps of this rank, each a list of ``accumulate`` batches."""

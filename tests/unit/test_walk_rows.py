@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from lkspec.acceptance import walk_rows
+from lkspec.results import RunFolder
 from lkspec.types import Batch, TokenStats, text_key
 from lkspec.walk_rows import WalkRow, read_walk_table, write_walk_rows
 
@@ -58,7 +60,7 @@ def expected_counts(accept: np.ndarray, inside: np.ndarray, first: int) -> np.nd
 
 def test_rows_hold_the_walk_of_each_conversation_at_every_depth(batch):
     stats = random_stats(batch)
-    rows = walk_rows(batch, stats, stats.accept_prob, temperature=0.7, num_depths=K, steps=12)
+    rows = walk_rows(batch, stats, temperature=0.7, num_depths=K, steps=12)
     assert [(row.conversation, row.depth) for row in rows] == [(name, k) for name in "abc" for k in range(1, K + 1)]
     assert {(row.temperature, row.steps) for row in rows} == {(0.7, 12)}
     where = {"a": (0, [1, 9], slice(0, 15)), "b": (1, [0], slice(0, 6)), "c": (1, [7], slice(6, 16))}
@@ -74,6 +76,18 @@ def test_rows_hold_the_walk_of_each_conversation_at_every_depth(batch):
         assert row.num_tokens == counted.sum()
         assert row.alpha == pytest.approx(np.exp(stats.log_alpha[row.depth - 1, b, slots].numpy())[counted].sum())
         assert row.key == text_key(batch.tokens[b, slots])
+
+
+def test_added_rows_replace_those_of_the_same_answer_temperature_and_depth(tmp_path):
+    run = RunFolder(tmp_path)
+    first = [WalkRow("a", "ab", 1.0, 5, k, 7, 3.0, 2.5, 0.1, 0.2) for k in (1, 2)]
+    run.add_walk(first)
+    run.add_walk([replace(first[1], alpha=4.0), replace(first[1], temperature=0.5), replace(first[0], key="cd")])
+    table = run.read_walk_table()
+    assert table is not None
+    assert [WalkRow(**row) for row in table.to_pylist()] == [
+        first[0], replace(first[1], alpha=4.0), replace(first[1], temperature=0.5), replace(first[0], key="cd"),
+    ]  # fmt: skip
 
 
 def test_rows_come_back_from_the_file(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import rich.table
+from rich.console import Console
 
 from lkspec.reporting.model import Table
 from lkspec.reporting.renderers.text import column_name, row_header, row_labels, stacked
@@ -22,3 +23,9 @@ def render(table: Table) -> Iterator[rich.table.Table | str]:
         shown.add_row(*row_labels(row, table), *(stacked(cell, table.digits_of(row), "\n") for cell in row.cells))
     yield shown
     yield from table.caption
+
+
+def show(table: Table, console: Console) -> None:
+    """Prints it."""
+    for part in render(table):
+        console.print(part, soft_wrap=isinstance(part, str), highlight=False, markup=False)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lkspec.data import datamodule, token_cache
+from lkspec.data import token_cache, tokenised
 from lkspec.data.datamodule import SpeculatorDataModule
 from lkspec.data.dataset import EncodedStore
 from lkspec.data.token_cache import TokenCache
@@ -54,7 +54,7 @@ def test_a_file_is_tokenised_once_and_read_back_the_same(chat, tmp_path, monkeyp
     def never(*arguments, **options):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(datamodule, "encode_conversation", never)
+    monkeypatch.setattr(tokenised, "encode_conversation", never)
     again = read(chat, path).train
     assert (again.ids, again.temperatures, again.lengths) == (first.ids, first.temperatures, first.lengths)
     assert [again[i] for i in range(3)] == [first[i] for i in range(3)]

@@ -242,7 +242,7 @@ def test_rows_of_conversations_are_the_sums_over_their_turns(drawn) -> None:
     mask = batch.depth_mask(len(accept))
     zero = torch.zeros_like(accept)
     stats = TokenStats(mask, zero, zero, alpha.log(), accept, zero, zero, zero)
-    rows = iter(walk_rows(batch, stats, accept, temperature=1.0, num_depths=len(accept), steps=3))
+    rows = iter(walk_rows(batch, stats, temperature=1.0, num_depths=len(accept), steps=3))
     for conversation in batch.conversations():
         place = (conversation.row, conversation.slots)
         walks = [
