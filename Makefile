@@ -59,11 +59,13 @@ SEEDS ?= 0,1
 duel: $(CAPTURED)/manifest.json ## LOSS=mine [BASE=kl DRAFT=mlp SEEDS=0,1]: does it get more accepted?
 	$(BIN)/lkspec duel loss=$(LOSS) base=$(BASE) draft=$(DRAFT) seeds=[$(SEEDS)] $(ARGS)
 
-# RUNS='runs/ablation_gpu/*' OUT=experiments/ablations/gpu takes others. What a table lacks it says, with the command
-# that fills it.
+# Drafts and objectives in the recipe that ablations share, which WHERE chooses (make ablation-gamma DRY=1 shows the table
+# of a setting). RUNS='runs/ablation_gpu/*' OUT=experiments/ablations/gpu WHERE= takes others. What a table lacks it says,
+# with the command that fills it.
 RUNS ?= runs/ablation/*
 OUT ?= experiments/ablations
-REPORT = $(BIN)/lkspec report runs='$(RUNS)' baseline=kl
+WHERE ?= draft.num_depths=4 vocab.size=4096 loss_options.gamma=0.8 draft.head_init=random draft.inner_dim=null
+REPORT = $(BIN)/lkspec report runs='$(RUNS)' baseline=kl $(addprefix +where.,$(WHERE))
 TABLE = $(REPORT) rows=[draft,objective]
 PICTURE = $(REPORT) rows=[objective] +where.temperature=1 format=png
 tables: $(INSTALLED) ## prints the tables of the ablations, from runs/ablation (RUNS='...' OUT=... for others)

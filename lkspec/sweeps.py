@@ -237,7 +237,7 @@ def print_plan(lines: Sequence[dict[str, Any]]) -> None:
     counts = Counter(str(line["state"]) for line in lines)
     known = [line["seconds"] for line in lines if line["seconds"] is not None]
     left = [line for line in lines if line["state"] not in ("done", "running")]
-    total = f"{sum(known) / 3600:.2f} hours one after another" if known else "hours unknown"
+    total = f"{sum(known) / 3600:.2f} hours one after another" if known else "hours unknown" if left else "none left"
     if known and len(known) < len(left):
         total += f", without {len(left) - len(known)} of unknown length"
     console.print(f"{', '.join(f'{number} {state}' for state, number in counts.items())}; {total}", highlight=False)
