@@ -29,13 +29,14 @@ def draft_stats(
     target_head: LinearHead,
     *,
     num_depths: int | None = None,
+    sharpness: float = 1.0,
     **options: Any,
 ) -> TokenStats:
-    """Statistics of every supervised token of a batch; ``options`` as in ``fused_token_stats``."""
+    """Statistics of every supervised token of a batch, of q^sharpness; ``options`` as in ``fused_token_stats``."""
     hidden = draft.unroll(batch, states, num_depths)
     return fused_token_stats(
         hidden,
-        [draft.head(depth) for depth in range(1, len(hidden) + 1)],
+        [draft.head(depth).sharpened(sharpness) for depth in range(1, len(hidden) + 1)],
         states.last,
         target_head,
         draft.vocab,

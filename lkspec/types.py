@@ -188,6 +188,14 @@ class LinearHead(_Movable):
             logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
         return logits
 
+    def sharpened(self, sharpness: float) -> LinearHead:
+        """The head whose logits are ``sharpness`` times these: q^sharpness, renormalised, in place of q."""
+        if sharpness == 1.0:
+            return self
+        bias = None if self.bias is None else self.bias * sharpness
+        soft_cap = None if self.soft_cap is None else self.soft_cap * sharpness
+        return replace(self, scale=self.scale * sharpness, bias=bias, soft_cap=soft_cap)
+
 
 @dataclass(frozen=True)
 class TokenStats(_Movable):

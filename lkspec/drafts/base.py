@@ -127,6 +127,23 @@ class Draft(nn.Module):
         if self.num_trainable == 0:
             raise ValueError(f"draft.freeze={list(patterns)} leaves nothing to train")
 
+    @torch.no_grad()
+    def sharpen(self, sharpness: float) -> None:
+        """Multiplies its heads: q^sharpness, renormalised, in place of q; the first choices, and T = 0, stay.
+
+        Raises:
+            ValueError: sharpness that is not positive and finite, or a head that is the target's.
+        """
+        if not 0 < sharpness < torch.inf:
+            raise ValueError(f"sharpness: expected a positive number (1 changes nothing), got {sharpness}")
+        heads = [self.head(depth) for depth in range(1, self.num_depths + 1)]
+        tensors = {t.data_ptr(): t for head in heads for t in (head.weight, head.bias) if t is not None}
+        if any(tensor.data_ptr() in tensors for tensor in self.frozen_tensors()):
+            raise ValueError(f"sharpness={sharpness:g}: the head of {type(self).__name__} is the target's own")
+        assert all(head.soft_cap is None for head in heads)
+        for tensor in tensors.values():
+            tensor.mul_(sharpness)
+
     def new_cache(self, num_rows: int) -> PositionCache:
         """An empty cache for ``observe`` and ``propose``."""
         return PositionCache(num_rows)

@@ -25,6 +25,8 @@ def main(config: DictConfig) -> None:
     refuse_existing(out, overwrite=config.overwrite)
     save_dtype = parse_dtype(config.save_dtype)
     run = open_run(config)
+    if config.sharpness != 1:
+        run.draft.sharpen(config.sharpness)
     layout = layout_for(config.format, run.draft)
     num_draft_tokens = config.num_draft_tokens or run.draft.num_depths
     export = write_export(
@@ -48,6 +50,7 @@ def _facts(run: TrainedRun, config: DictConfig) -> Facts:
         step=run.step,
         rows=run.folder.read_results(),
         license=config.license,
+        sharpness=config.sharpness,
         target_id=config.target_id,
     )
 

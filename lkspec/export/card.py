@@ -42,6 +42,7 @@ class Facts:
         rows: its results.
         license: of the weights, in the hub's words; None is not stated.
         target_id: what others call the target; None is where it was loaded from.
+        sharpness: what the heads were multiplied by after the rows were measured.
     """
 
     run: str
@@ -52,6 +53,7 @@ class Facts:
     rows: Sequence[ResultRow]
     license: str | None
     target_id: str | None = None
+    sharpness: float = 1.0
 
 
 def model_card(facts: Facts, draft: Draft, target: Target, export: Export) -> str:
@@ -91,6 +93,8 @@ def _header(facts: Facts, target: str) -> str:
 
 def _results(facts: Facts) -> str:
     rows = newest(facts.rows)
+    if facts.sharpness != 1:
+        rows = [row for row in rows if row.temperature == 0]  # which multiplied heads do not change
     if not rows:
         return "## Acceptance length\n\nNot measured: `lkspec evaluate` had not been run when this card was written."
     width = max(len(row.alpha) for row in rows)
@@ -154,6 +158,10 @@ def _training(facts: Facts, draft: Draft, target: Target) -> str:
         f"{draft.num_frozen:,} that are the target's own",
         f"- draft vocabulary: {draft.vocab.size:,} of {draft.vocab.target_size:,} tokens",
     ]
+    if facts.sharpness != 1:
+        lines.append(
+            f"- sharpness: its heads were multiplied by {facts.sharpness:g}, so that q^{facts.sharpness:g} is q"
+        )
     if facts.step == 0:
         return "\n".join([*lines, f"- weights: {_named(config['draft'].get('init_from'))}, not trained by lkspec"])
     data = config.get("data") or {}

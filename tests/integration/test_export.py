@@ -82,6 +82,18 @@ def test_an_export_is_measured_like_its_run(
     assert only_run() == folder
 
 
+def test_a_sharpened_export_drafts_the_same_greedily_and_another_at_a_temperature(
+    lkspec_cli: Run, runs: dict[str, Path]
+) -> None:
+    exported = lkspec_cli("export", f"run={runs['eagle3']}", "out=sharp", "sharpness=3")
+    assert exported.code == 0, exported.err
+    outcome = lkspec_cli("evaluate", *pretrained(Path("sharp")), *MEASURED)
+    assert outcome.code == 0, outcome.err
+    ours, plain = rows(only_run()), rows(runs["eagle3"])
+    assert [row for row in ours if float(row[1]) == 0] == [row for row in plain if float(row[1]) == 0]
+    assert [row for row in ours if float(row[1]) == 1] != [row for row in plain if float(row[1]) == 1]
+
+
 def test_what_the_command_says(exports: dict[str, Path], lkspec_cli: Run, runs: dict[str, Path]) -> None:
     options = ("out=here", "num_draft_tokens=5", "license=apache-2.0", "target_id=org/target")
     outcome = lkspec_cli("export", f"run={runs['eagle3']}", *options)

@@ -74,6 +74,9 @@ def test_logits_of_a_described_head(bias, scale, soft_cap):
     if soft_cap is not None:
         expected = [soft_cap * math.tanh(value / soft_cap) for value in expected]
     assert got[0, 0].tolist() == pytest.approx(expected, rel=1e-12)
+    sharp = head.sharpened(1.7).logits(torch.tensor([[hidden]], dtype=torch.float64))
+    assert sharp[0, 0].tolist() == pytest.approx([1.7 * value for value in expected], rel=1e-12)
+    assert head.sharpened(1.0) is head
 
 
 def test_rows_are_stacked_with_zeros_behind():

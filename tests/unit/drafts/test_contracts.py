@@ -218,3 +218,30 @@ def test_a_shared_head_is_the_targets(target: TinyTarget, name: str, truncated: 
     assert draft.num_frozen == (size + vocab.size) * hidden.shape[1] + vocab.size
     if not truncated:
         assert draft.head(1).weight.data_ptr() == target.head.weight.data_ptr(), "no second copy in memory"
+
+
+def test_sharpened_heads_make_q_its_power(case: Case, target: TinyTarget) -> None:
+    draft = make_draft(case, target.spec, num_depths=K)
+    batch, states = batch_for(target.spec, [[NUM_SLOTS]])
+    hidden = unrolled(draft, batch, states)
+    before = [draft.head(depth).logits(hidden[depth - 1]) for depth in range(1, K + 1)]
+    told = draft_stats(draft, batch, states, target.head, sharpness=1.5)
+    if "head" in case.shared:
+        with pytest.raises(ValueError, match=r"sharpness=1\.5: the head of .* is the target's own"):
+            draft.sharpen(1.5)
+        return
+    draft.sharpen(1.5)
+    for depth in range(1, K + 1):
+        q = before[depth - 1].softmax(-1) ** 1.5
+        sharp = draft.head(depth).logits(hidden[depth - 1]).softmax(-1)
+        assert torch.allclose(sharp, q / q.sum(-1, keepdim=True), atol=1e-6)
+    stats = draft_stats(draft, batch, states, target.head)
+    assert torch.allclose(stats.log_alpha, told.log_alpha, atol=1e-5)
+    assert torch.equal(stats.hit, told.hit)
+
+
+@pytest.mark.parametrize("sharpness", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_sharpness_that_is_none_is_refused(target: TinyTarget, sharpness: float) -> None:
+    draft = make_draft(CASES["mlp"], target.spec, num_depths=K)
+    with pytest.raises(ValueError, match="sharpness: expected a positive number"):
+        draft.sharpen(sharpness)

@@ -117,6 +117,14 @@ def test_a_name_that_others_know(tiny_target: TinyTarget) -> None:
     assert yaml.safe_load(text.split("---\n", 2)[1])["base_model"] == "org/target"
 
 
+def test_a_sharpened_draft_tells_only_what_sharpness_leaves(tiny_target: TinyTarget) -> None:
+    text = card(tiny_target, replace(FACTS, sharpness=1.75))
+    assert "its heads were multiplied by 1.75" in section(text, "The draft")
+    results = section(text, "Acceptance length")
+    assert "**2.679**" in results
+    assert "**2.346**" not in results
+
+
 def test_no_path_of_the_machine(tiny_target: TinyTarget, tmp_path: Path) -> None:
     config = {
         **CONFIG,

@@ -1,0 +1,123 @@
+"""Is what an objective gains more than sharpness? Finished runs, walked with q^s, renormalised, in place of q.
+
+Verification is lossless for any q, so a draft may be sharpened after training: its logits times s. For each run, s is
+chosen on held-out answers (by tau of the walk), and tau is told on others, at s = 1 and at the s chosen.
+
+    python experiments/ablations/sharpness.py --runs runs/ablation/mlp-*-s0-* --states captured/smollm2_135m-embedded
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lkspec.acceptance import draft_stats, walk_rows
+from lkspec.assemble import TrainedRun, load_run
+from lkspec.config import instantiate, quiet_libraries
+from lkspec.data.captured import CapturedStates
+from lkspec.data.chat import Encoded
+from lkspec.data.dataset import collate
+from lkspec.files import atomic_path
+from lkspec.metrics import paired_difference_interval
+from lkspec.reporting.series import about_run
+from lkspec.results import RunFolder
+
+Counts = dict[str, tuple[float, float]]  # conversation -> (accepted, rounds)
+Walks = dict[tuple[float, int], Counts]  # (sharpness, K)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="their folders")
+    parser.add_argument("--states", type=Path, required=True, help="a capture of their data")
+    parser.add_argument("--sharpness", type=float, nargs="+", default=[1.0, 1.25, 1.5, 1.75, 2.0, 2.5])
+    parser.add_argument("--conversations", type=int, default=100, help="to choose on, and as many to tell tau on")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("sharpness.csv"))
+    options = parser.parse_args()
+    quiet_libraries()
+    rows, told = [], {}
+    for path in options.runs:
+        run = load_run(RunFolder.open(path))
+        chosen_on, told_on = split(run, options.conversations)
+        states, depths = CapturedStates(options.states, run.target), run.draft.num_depths
+        choice = walks(run, states, chosen_on, options.sharpness)
+        best = max(options.sharpness, key=lambda s: tau(choice[s, depths]))
+        told[path.name] = own = walks(run, states, told_on, options.sharpness)
+        settings = about_run(run.folder).settings
+        for (sharpness, depth), counts in own.items():
+            rows.append(
+                {
+                    "run": path.name, "draft": settings["draft"], "objective": settings["objective"],
+                    "seed": settings["seed"], "sharpness": sharpness, "is_chosen": sharpness == best,
+                    "num_draft_tokens": depth, "tau": round(tau(counts), 5),
+                    "tau_where_chosen": round(tau(choice[sharpness, depth]), 5), "conversations": len(counts),
+                }
+            )  # fmt: skip
+        plain, sharp = own[1.0, depths], own[best, depths]
+        print(f"{path.name}: tau {tau(plain):.3f}, at sharpness {best:g} {tau(sharp):.3f}, gain {gain(sharp, plain)}")
+    with atomic_path(options.out) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    compare(rows, told)
+
+
+def split(run: TrainedRun, count: int) -> tuple[list[Encoded], list[Encoded]]:
+    """Held-out answers sampled at T = 1: some to choose on, others to tell tau on, both evenly spaced."""
+    data = instantiate(run.config.data)
+    data.bind(run.target.tokenizer, eos_ids=run.target.eos_ids, max_positions=run.target.max_positions)
+    data.setup()
+    answers = data.val_conversations(1.0)
+    if len(answers) < 2 * count:
+        raise ValueError(f"--conversations {count}: {run.folder.path} has {len(answers)} held-out answers at T = 1")
+    spaced = [answers[index * len(answers) // (2 * count)] for index in range(2 * count)]
+    return spaced[::2], spaced[1::2]
+
+
+@torch.inference_mode()
+def walks(run: TrainedRun, states: CapturedStates, answers: Sequence[Encoded], grid: Sequence[float]) -> Walks:
+    """The walk along answers with each sharpness."""
+    found: Walks = defaultdict(dict)
+    for answer in answers:
+        batch = collate([[answer]])
+        known = states(batch)
+        for sharpness in grid:
+            stats = draft_stats(run.draft, batch, known, run.target.head, sharpness=sharpness)
+            for row in walk_rows(batch, stats, temperature=1.0, num_depths=run.draft.num_depths, steps=run.step):
+                found[sharpness, row.depth][row.key] = (row.accepted, row.rounds)
+    return dict(found)
+
+
+def tau(counts: Counts) -> float:
+    """1 + accepted / rounds."""
+    return 1 + sum(accepted for accepted, _ in counts.values()) / sum(rounds for _, rounds in counts.values())
+
+
+def gain(first: Counts, second: Counts) -> str:
+    """The difference in tau and its 95 % interval."""
+    difference, low, high = paired_difference_interval(first, second, confidence=0.95)
+    return f"{difference:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def compare(rows: Sequence[dict[str, object]], told: dict[str, Walks]) -> None:
+    """Each run against kl of its draft and seed, both as they are and both sharpened."""
+    depths = {row["run"]: max(int(str(r["num_draft_tokens"])) for r in rows if r["run"] == row["run"]) for row in rows}
+    best = {row["run"]: float(str(row["sharpness"])) for row in rows if row["is_chosen"]}
+    about = {row["run"]: (row["draft"], row["seed"], row["objective"]) for row in rows}
+    for name, (draft, seed, objective) in about.items():
+        base = next((other for other, what in about.items() if what == (draft, seed, "kl")), None)
+        if base is None or base == name:
+            continue
+        ours, theirs, depth = told[str(name)], told[str(base)], depths[name]
+        plain = gain(ours[1.0, depth], theirs[1.0, depth])
+        sharp = gain(ours[best[name], depth], theirs[best[base], depth])
+        print(f"{draft} seed {seed}, {objective} over kl: as trained {plain}, both sharpened {sharp}")
+
+
+if __name__ == "__main__":
+    main()
