@@ -92,8 +92,14 @@ def walk_rows(batch: Batch, stats: TokenStats, *, temperature: float, num_depths
 
 @torch.inference_mode()
 def walk_answers(
-    target: Target, draft: Draft, answers: EncodedStore, *, num_draft_tokens: int, steps: int
-) -> list[WalkRow]:
+    target: Target,
+    draft: Draft,
+    answers: EncodedStore,
+    *,
+    num_draft_tokens: int,
+    steps: int,
+    sharpness: Sequence[float] = (1.0,),
+) -> dict[float, list[WalkRow]]:
     """Walks conversations that the target wrote, each at the temperature that it was written at.
 
     Args:
@@ -101,23 +107,27 @@ def walk_answers(
         answers: conversations of known temperatures.
         num_draft_tokens: the largest K.
         steps: optimiser steps that the draft has taken.
+        sharpness: walks with q^s, renormalised, in place of q for each of these s, the keys of what is returned.
     """
-    rows = []
+    rows: dict[float, list[WalkRow]] = {power: [] for power in sharpness}
     max_tokens = max([_TEXT_TOKENS, *answers.lengths])
     for temperature in set(answers.temperatures):
         assert temperature is not None
         chosen = [index for index, known in enumerate(answers.temperatures) if known == temperature]
         for (plan,) in plan_evaluation(answers.lengths, chosen, max_tokens=max_tokens, num_replicas=1, rank=0):
             batch = collate([[answers[index] for index in row] for row in plan]).to(target.device)
-            stats = draft_stats(
-                draft,
-                batch,
-                target.states(batch),
-                target.head,
-                num_depths=num_draft_tokens,
-                temperature=temperature or 1.0,
-            )
-            rows += walk_rows(batch, stats, temperature=temperature, num_depths=num_draft_tokens, steps=steps)
+            states = target.states(batch)
+            for power, walked in rows.items():
+                stats = draft_stats(
+                    draft,
+                    batch,
+                    states,
+                    target.head,
+                    num_depths=num_draft_tokens,
+                    sharpness=power,
+                    temperature=temperature or 1.0,
+                )
+                walked += walk_rows(batch, stats, temperature=temperature, num_depths=num_draft_tokens, steps=steps)
     return rows
 
 

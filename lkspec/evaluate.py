@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.table import Table
 
 from lkspec.acceptance import walk_answers
 from lkspec.assemble import TrainedRun, open_run
@@ -15,9 +17,10 @@ from lkspec.config import entry_point, resolved
 from lkspec.data.dataset import EncodedStore
 from lkspec.data.tokenised import read_tokenised
 from lkspec.serving import serving_engine
-from lkspec.suite import Suite, SuiteOptions, draw_run
+from lkspec.suite import Suite, SuiteOptions, draw_run, listed
 from lkspec.targets.base import Target
 from lkspec.throughput import ThroughputOptions, comparable, measure_throughput, print_throughput
+from lkspec.walk_rows import WalkRow
 
 console = Console()
 
@@ -27,6 +30,10 @@ def main(config: DictConfig) -> None:
     """Writes results rows and rounds, the walk, or the throughput of an engine, into the run's folder."""
     if config.answers is not None:
         _walk(config)
+    elif config.sharpness != 1:
+        raise ValueError(
+            "sharpness goes with answers=...; to decode with it, evaluate what lkspec export sharpness=... wrote"
+        )
     elif config.get("throughput") is None:
         _acceptance(config)
     else:
@@ -53,17 +60,55 @@ def _acceptance(config: DictConfig) -> None:
 def _walk(config: DictConfig) -> None:
     if config.get("engine") is not None or config.get("throughput") is not None:
         raise ValueError("answers are walked along without any engine: leave out engine and throughput")
+    options = resolved(config)
+    powers = [float(power) for power in listed(options["sharpness"])]
+    if not powers or not all(0 < power < math.inf for power in powers):
+        raise ValueError(f"sharpness: expected positive numbers, got {options['sharpness']}")
+    run = open_run(config)
+    depths = run.draft.num_depths
+    answers = _answers(listed(options["answers"]), run.target)
+    walked = walk_answers(run.target, run.draft, answers, num_draft_tokens=depths, steps=run.step, sharpness=powers)
+    if powers == [1.0]:
+        _keep(run, walked[1.0])
+    else:
+        print_sharpness(walked, num_draft_tokens=depths)
+
+
+def _keep(run: TrainedRun, rows: Sequence[WalkRow]) -> None:
+    """Adds a walk to the run's own, and shows all of it."""
     from lkspec.reporting.layout import Layout  # pandas and all: decoding can do without
     from lkspec.reporting.renderers import terminal
     from lkspec.reporting.tables import build_table
 
-    run = open_run(config)
-    paths = resolved(config)["answers"]
-    answers = _answers([paths] if isinstance(paths, str) else paths, run.target)
-    rows = walk_answers(run.target, run.draft, answers, num_draft_tokens=run.draft.num_depths, steps=run.step)
     run.folder.add_walk(rows)
     layout = Layout(rows=["draft", "objective"], columns=["temperature"], value="walk")
     terminal.show(build_table([run.folder], layout), console)
+
+
+def print_sharpness(walked: Mapping[float, Sequence[WalkRow]], *, num_draft_tokens: int) -> None:
+    """tau of the walk with q^s by temperature, the largest of each temperature in bold."""
+    temperatures = sorted({row.temperature for rows in walked.values() for row in rows})
+    taus = {
+        (power, temperature): _tau([row for row in rows if row.temperature == temperature], num_draft_tokens)
+        for power, rows in walked.items()
+        for temperature in temperatures
+    }
+    table = Table(title=f"walk with q^s, renormalised, in place of q, K = {num_draft_tokens}", title_justify="left")
+    table.add_column("s", justify="right")
+    for temperature in temperatures:
+        table.add_column(f"T = {temperature:g}", justify="right")
+    for power in sorted(walked):
+        best = [taus[power, t] == max(taus[other, t] for other in walked) for t in temperatures]
+        cells = [f"{taus[power, t]:.3f}" for t in temperatures]
+        table.add_row(f"{power:g}", *(f"[bold]{c}[/bold]" if b else c for c, b in zip(cells, best, strict=True)))
+    console.print(table)
+    console.print("nothing was stored; serve it so: lkspec export run=... sharpness=s", highlight=False)
+
+
+def _tau(rows: Sequence[WalkRow], num_draft_tokens: int) -> float:
+    whole = [row for row in rows if row.depth == num_draft_tokens]
+    rounds = sum(row.rounds for row in whole)
+    return 1 + sum(row.accepted for row in whole) / rounds if rounds > 0 else math.nan
 
 
 def _answers(paths: Sequence[str], target: Target) -> EncodedStore:

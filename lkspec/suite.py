@@ -60,15 +60,16 @@ class SuiteOptions:
             raise ValueError(f"evaluation.batch_size: expected at least 1, got {self.batch_size}")
         settings = [
             Setting(float(temperature), int(depths), self.top_k, self.top_p, self.draft_filter, self.seed)
-            for temperature, depths in itertools.product(_listed(self.temperatures), _listed(self.num_draft_tokens))
+            for temperature, depths in itertools.product(listed(self.temperatures), listed(self.num_draft_tokens))
         ]
         for setting in settings:
             assert setting.sampling is not None  # refuses values out of range before anything is decoded
         return settings
 
 
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, Sequence) else [value]
+def listed(value: Any) -> list[Any]:
+    """The values of a key that takes one or several."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import pytest
 from command_line import NO_EVALUATION, TINY_RUN, Run
 
 from lkspec.results import RunFolder, list_runs
@@ -55,6 +56,25 @@ def test_the_walk_is_that_of_a_run_validated_on_the_same_answers(lkspec_cli, tmp
     assert not blind.read_results(), "nothing was decoded"
 
 
+def test_the_walk_by_sharpness_is_that_of_sharpened_exports(lkspec_cli, tmp_path):
+    answers = write(tmp_path / "answers.jsonl", [0.0, 1.0, 1.0])
+    run = trained(lkspec_cli, "runs", "data.validation=null", "optimizer.lr=3e-2")
+    outcome = lkspec_cli("evaluate", "run=latest", f"answers={answers}", "sharpness=[1,3]")
+    assert outcome.code == 0, outcome.err
+    assert run.read_walk_table() is None, "nothing is stored"
+    shown = {line.split("│")[1].strip(): line.split("│")[2:4] for line in outcome.out.splitlines() if "│" in line}
+    assert lkspec_cli("export", "run=latest", "out=sharp", "sharpness=3").code == 0
+    exported = ("draft=pretrained", "draft.path=sharp", "target=tiny", "target.device=cpu", "run_root=exported")
+    assert lkspec_cli("evaluate", *exported, f"answers={answers}").code == 0
+    (sharp,) = list_runs(Path("exported"))
+    rows = walk_of(sharp)
+    for temperature, told in zip((0.0, 1.0), shown["3"], strict=True):
+        whole = rows[(rows.temperature == temperature) & (rows.depth == 2)]
+        assert float(told) == pytest.approx(1 + whole.accepted.sum() / whole.rounds.sum(), abs=6e-4)
+    assert shown["3"][0] == shown["1"][0], "at T = 0 sharpness changes nothing"
+    assert shown["3"][1] != shown["1"][1]
+
+
 def test_what_cannot_be_walked_is_refused(lkspec_cli, tmp_path):
     trained(lkspec_cli, "runs", "data.validation=null")
     unknown = write(tmp_path / "unknown.jsonl", [1.0, None])
@@ -64,6 +84,12 @@ def test_what_cannot_be_walked_is_refused(lkspec_cli, tmp_path):
     outcome = lkspec_cli("evaluate", "run=latest", f"answers={unknown}", "engine=vllm")
     assert outcome.code == 2
     assert "leave out engine and throughput" in outcome.err
+    outcome = lkspec_cli("evaluate", "run=latest", "sharpness=2")
+    assert outcome.code == 2
+    assert "sharpness goes with answers=" in outcome.err
+    outcome = lkspec_cli("evaluate", "run=latest", f"answers={unknown}", "sharpness=[1,0]")
+    assert outcome.code == 2
+    assert "sharpness: expected positive numbers, got [1, 0]" in outcome.err
     outcome = lkspec_cli("evaluate", "run=latest", "answers=nowhere.jsonl")
     assert outcome.code == 2
     assert "nowhere.jsonl" in outcome.err
