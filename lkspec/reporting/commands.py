@@ -31,7 +31,8 @@ class Commands:
         trained = {one.run.name: one for one in self._series if _agrees(one, recipe)}
         if not trained:
             return (self._train(recipe),)
-        if place.get("benchmark") == HELD_OUT:
+        benchmarks = {place.get("benchmark") or one.get("benchmark") for one in trained.values()}
+        if benchmarks == {HELD_OUT}:
             return ()  # validation belongs to training
         return tuple(self._evaluate(one, place, measure) for one in trained.values())
 

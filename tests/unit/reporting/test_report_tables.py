@@ -301,6 +301,16 @@ def test_a_missing_objective_has_the_settings_of_the_runs_that_have_it(tmp_path)
     assert told[1] == "lkspec train draft=mlp loss=lk_lambda loss.eta=10 seed=0"
 
 
+def test_no_command_walks_further_than_a_run_was_validated(tmp_path):
+    walk_held_out(make_run(tmp_path, tag="00000002", config={"vocab": {"size": 8}}), depths=2)
+    walk_held_out(make_run(tmp_path))
+    layout = Layout(rows=["vocab.size"], columns=["temperature", "num_draft_tokens"], value="walk")
+    table = build_table(find_runs(str(tmp_path / "*")), layout)
+    assert cell(table, "64", "1 3").estimate is not None
+    assert cell(table, "8", "1 3").missing == ()
+    assert table.commands == ()
+
+
 def test_a_missing_measurement_shows_the_command_that_measures_it(tmp_path):
     first, second = make_run(tmp_path), make_run(tmp_path, loss="tv")
     for benchmark in ("mini_chat", "mini_code"):
