@@ -71,7 +71,7 @@ def _walk(config: DictConfig) -> None:
     if powers == [1.0]:
         _keep(run, walked[1.0])
     else:
-        print_sharpness(walked, num_draft_tokens=depths)
+        _print_sharpness(walked, num_draft_tokens=depths)
 
 
 def _keep(run: TrainedRun, rows: Sequence[WalkRow]) -> None:
@@ -85,7 +85,7 @@ def _keep(run: TrainedRun, rows: Sequence[WalkRow]) -> None:
     terminal.show(build_table([run.folder], layout), console)
 
 
-def print_sharpness(walked: Mapping[float, Sequence[WalkRow]], *, num_draft_tokens: int) -> None:
+def _print_sharpness(walked: Mapping[float, Sequence[WalkRow]], *, num_draft_tokens: int) -> None:
     """tau of the walk with q^s by temperature, the largest of each temperature in bold."""
     temperatures = sorted({row.temperature for rows in walked.values() for row in rows})
     taus = {
@@ -93,7 +93,7 @@ def print_sharpness(walked: Mapping[float, Sequence[WalkRow]], *, num_draft_toke
         for power, rows in walked.items()
         for temperature in temperatures
     }
-    table = Table(title=f"walk with q^s, renormalised, in place of q, K = {num_draft_tokens}", title_justify="left")
+    table = Table()
     table.add_column("s", justify="right")
     for temperature in temperatures:
         table.add_column(f"T = {temperature:g}", justify="right")
@@ -101,8 +101,9 @@ def print_sharpness(walked: Mapping[float, Sequence[WalkRow]], *, num_draft_toke
         best = [taus[power, t] == max(taus[other, t] for other in walked) for t in temperatures]
         cells = [f"{taus[power, t]:.3f}" for t in temperatures]
         table.add_row(f"{power:g}", *(f"[bold]{c}[/bold]" if b else c for c, b in zip(cells, best, strict=True)))
+    console.print(f"walk with q^s, renormalised, in place of q, K = {num_draft_tokens}", highlight=False)
     console.print(table)
-    console.print("nothing was stored; serve it so: lkspec export run=... sharpness=s", highlight=False)
+    console.print("nothing was stored; lkspec export sharpness=s writes such a draft", highlight=False)
 
 
 def _tau(rows: Sequence[WalkRow], num_draft_tokens: int) -> float:

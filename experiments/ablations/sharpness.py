@@ -4,6 +4,7 @@ Verification is lossless for any q, so a draft may be sharpened after training: 
 chosen on held-out answers (by tau of the walk), and tau is told on others, at s = 1 and at the s chosen.
 
     python experiments/ablations/sharpness.py --runs runs/ablation/mlp-*-s0-* --states captured/smollm2_135m-embedded
+    python experiments/ablations/sharpness.py --draw        # the picture again, from the file
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from lkspec.acceptance import draft_stats, walk_rows
 from lkspec.assemble import TrainedRun, load_run
@@ -22,6 +25,7 @@ from lkspec.config import instantiate, quiet_libraries
 from lkspec.data.captured import CapturedStates
 from lkspec.data.chat import Encoded
 from lkspec.data.dataset import collate
+from lkspec.figure_style import DPI, STYLE, WIDTH_INCHES, line_colour, line_marker, save
 from lkspec.files import atomic_path
 from lkspec.metrics import paired_difference_interval
 from lkspec.reporting.series import about_run
@@ -33,12 +37,18 @@ Walks = dict[tuple[float, int], Counts]  # (sharpness, K)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="their folders")
-    parser.add_argument("--states", type=Path, required=True, help="a capture of their data")
+    parser.add_argument("--runs", type=Path, nargs="+", help="their folders")
+    parser.add_argument("--states", type=Path, help="a capture of their data")
     parser.add_argument("--sharpness", type=float, nargs="+", default=[1.0, 1.25, 1.5, 1.75, 2.0, 2.5])
     parser.add_argument("--conversations", type=int, default=100, help="to choose on, and as many to tell tau on")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("sharpness.csv"))
+    parser.add_argument("--draw", action="store_true", help="only draw what --out holds")
     options = parser.parse_args()
+    if options.draw:
+        draw(options.out)
+        return
+    if options.runs is None or options.states is None:
+        parser.error("--runs and --states, or --draw")
     quiet_libraries()
     rows, told = [], {}
     for path in options.runs:
@@ -64,7 +74,34 @@ def main() -> None:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
+    draw(options.out)
     compare(rows, told)
+
+
+def draw(file: Path) -> None:
+    """tau over sharpness beside the file: a panel a draft, a line an objective, its choice filled."""
+    with file.open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    deepest = {row["run"]: max(int(r["num_draft_tokens"]) for r in rows if r["run"] == row["run"]) for row in rows}
+    rows = [row for row in rows if int(row["num_draft_tokens"]) == deepest[row["run"]]]
+    drafts, objectives = (list(dict.fromkeys(row[key] for row in rows)) for key in ("draft", "objective"))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH_INCHES, 3.4), dpi=DPI, layout="constrained")
+        panels = figure.subplots(1, len(drafts), squeeze=False)[0]
+        for panel, draft in zip(panels, drafts, strict=True):
+            panel.set_title(draft)
+            panel.set_xlabel("sharpness s")
+            for index, objective in enumerate(objectives):
+                line = [row for row in rows if (row["draft"], row["objective"]) == (draft, objective)]
+                points = sorted((float(r["sharpness"]), float(r["tau"]), r["is_chosen"] == "True") for r in line)
+                look = {"color": line_colour(index), "marker": line_marker(index)}
+                if points:
+                    panel.plot(*zip(*(p[:2] for p in points), strict=True), label=objective, mfc="white", **look)
+                    panel.plot(*zip(*(p[:2] for p in points if p[2]), strict=True), linestyle="none", **look)
+        panels[0].set_ylabel(f"acceptance length (walk, T = 1, K = {max(deepest.values())})")
+        handles = {text: h for panel in panels for h, text in zip(*panel.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper")
+        save(figure, file.with_suffix(".png"))
 
 
 def split(run: TrainedRun, count: int) -> tuple[list[Encoded], list[Encoded]]:
