@@ -5,6 +5,10 @@ chosen on held-out answers (by tau of the walk), and tau is told on others, at s
 
     python experiments/ablations/sharpness.py --runs runs/ablation/mlp-*-s0-* --states captured/smollm2_135m-embedded
     python experiments/ablations/sharpness.py --draw        # the picture again, from the file
+
+The confirmation, by decoding the three benchmarks (LKSPEC_DATA) at T = 1, 20 prompts each, at most 64 tokens a turn:
+
+    python experiments/ablations/sharpness.py --runs runs/ablation/mlp-kl-*-s0-* --decode 20 --sharpness 1 1.5
 """
 
 from __future__ import annotations
@@ -12,27 +16,30 @@ from __future__ import annotations
 import argparse
 import csv
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from hydra import compose, initialize_config_dir
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from lkspec.acceptance import draft_stats, walk_rows
 from lkspec.assemble import TrainedRun, load_run
-from lkspec.config import instantiate, quiet_libraries
+from lkspec.builders import build_benchmarks
+from lkspec.config import config_dir, instantiate, quiet_libraries
 from lkspec.data.captured import CapturedStates
 from lkspec.data.chat import Encoded
 from lkspec.data.dataset import collate
+from lkspec.evaluation import Setting, measure
 from lkspec.figure_style import DPI, STYLE, WIDTH_INCHES, line_colour, line_marker, save
 from lkspec.files import atomic_path
-from lkspec.metrics import paired_difference_interval
+from lkspec.metrics import group_counts, paired_difference_interval
 from lkspec.reporting.series import about_run
 from lkspec.results import RunFolder
 
-Counts = dict[str, tuple[float, float]]  # conversation -> (accepted, rounds)
-Walks = dict[tuple[float, int], Counts]  # (sharpness, K)
+Counts = Mapping[str, tuple[float, float]]  # conversation -> (accepted, rounds)
+Walks = Mapping[tuple[float, int], Counts]  # (sharpness, K)
 
 
 def main() -> None:
@@ -43,14 +50,20 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=100, help="to choose on, and as many to tell tau on")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("sharpness.csv"))
     parser.add_argument("--draw", action="store_true", help="only draw what --out holds")
+    parser.add_argument("--decode", type=int, help="only decode so many prompts of each benchmark, with each sharpness")
     options = parser.parse_args()
     if options.draw:
         draw(options.out)
         return
+    if options.decode is not None:
+        for path in options.runs:
+            decode(path, options.decode, options.sharpness)
+        return
     if options.runs is None or options.states is None:
         parser.error("--runs and --states, or --draw")
     quiet_libraries()
-    rows, told = [], {}
+    rows: list[dict[str, object]] = []
+    told: dict[str, Walks] = {}
     for path in options.runs:
         run = load_run(RunFolder.open(path))
         chosen_on, told_on = split(run, options.conversations)
@@ -104,6 +117,26 @@ def draw(file: Path) -> None:
         save(figure, file.with_suffix(".png"))
 
 
+def decode(path: Path, num_prompts: int, grid: Sequence[float]) -> None:
+    """tau by real decoding with each sharpness, and its gain over the first, the prompts of all benchmarks pooled."""
+    limits = [f"benchmark.num_prompts={num_prompts}", "++benchmark.max_new_tokens=64"]
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        benchmarks = build_benchmarks(compose("evaluate", overrides=["benchmark=paper", *limits]).benchmark)
+    first: Counts | None = None
+    for sharpness in grid:
+        run = load_run(RunFolder.open(path))
+        run.draft.sharpen(sharpness)
+        counts: dict[str, tuple[float, float]] = {}
+        for benchmark in benchmarks:
+            setting = Setting(temperature=1.0, num_draft_tokens=run.draft.num_depths)
+            measured = measure(run.target, run.draft, benchmark, setting, batch_size=20)
+            here = group_counts(measured.prompt_rounds())
+            print(f"{path.name}, sharpness {sharpness:g}: {benchmark.name} tau {tau(here):.3f}", flush=True)
+            counts |= {f"{benchmark.name} {group}": sums for group, sums in here.items()}
+        first = first or counts
+        print(f"{path.name}, sharpness {sharpness:g}: tau {tau(counts):.3f}, gain {gain(counts, first)}", flush=True)
+
+
 def split(run: TrainedRun, count: int) -> tuple[list[Encoded], list[Encoded]]:
     """Held-out answers sampled at T = 1: some to choose on, others to tell tau on, both evenly spaced."""
     data = instantiate(run.config.data)
@@ -119,7 +152,7 @@ def split(run: TrainedRun, count: int) -> tuple[list[Encoded], list[Encoded]]:
 @torch.inference_mode()
 def walks(run: TrainedRun, states: CapturedStates, answers: Sequence[Encoded], grid: Sequence[float]) -> Walks:
     """The walk along answers with each sharpness."""
-    found: Walks = defaultdict(dict)
+    found: dict[tuple[float, int], dict[str, tuple[float, float]]] = defaultdict(dict)
     for answer in answers:
         batch = collate([[answer]])
         known = states(batch)
@@ -141,7 +174,7 @@ def gain(first: Counts, second: Counts) -> str:
     return f"{difference:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def compare(rows: Sequence[dict[str, object]], told: dict[str, Walks]) -> None:
+def compare(rows: Sequence[dict[str, object]], told: Mapping[str, Walks]) -> None:
     """Each run against kl of its draft and seed, both as they are and both sharpened."""
     depths = {row["run"]: max(int(str(r["num_draft_tokens"])) for r in rows if r["run"] == row["run"]) for row in rows}
     best = {row["run"]: float(str(row["sharpness"])) for row in rows if row["is_chosen"]}
