@@ -55,13 +55,21 @@ def main() -> None:
     if options.draw:
         draw(options.out)
         return
+    if options.runs is None or (options.states is None and options.decode is None):
+        parser.error("--runs with --states or --decode, or --draw")
+    quiet_libraries()
     if options.decode is not None:
         for path in options.runs:
             decode(path, options.decode, options.sharpness)
         return
-    if options.runs is None or options.states is None:
-        parser.error("--runs and --states, or --draw")
-    quiet_libraries()
+    if 1.0 not in options.sharpness:
+        parser.error("--sharpness: 1 is what the others are compared with")
+    names = [
+        tuple(about_run(RunFolder.open(path)).settings[k] for k in ("draft", "objective", "seed"))
+        for path in options.runs
+    ]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        parser.error(f"--runs: two are {', '.join(map(str, twice))}; name runs of one recipe")
     rows: list[dict[str, object]] = []
     told: dict[str, Walks] = {}
     for path in options.runs:
@@ -133,8 +141,9 @@ def decode(path: Path, num_prompts: int, grid: Sequence[float]) -> None:
             here = group_counts(measured.prompt_rounds())
             print(f"{path.name}, sharpness {sharpness:g}: {benchmark.name} tau {tau(here):.3f}", flush=True)
             counts |= {f"{benchmark.name} {group}": sums for group, sums in here.items()}
+        over = "" if first is None else f", over the first {gain(counts, first)}"
         first = first or counts
-        print(f"{path.name}, sharpness {sharpness:g}: tau {tau(counts):.3f}, gain {gain(counts, first)}", flush=True)
+        print(f"{path.name}, sharpness {sharpness:g}: tau {tau(counts):.3f}{over}", flush=True)
 
 
 def split(run: TrainedRun, count: int) -> tuple[list[Encoded], list[Encoded]]:
