@@ -96,7 +96,8 @@ def _results(facts: Facts) -> str:
     if facts.sharpness != 1:
         rows = [row for row in rows if row.temperature == 0]  # which multiplied heads do not change
     if not rows:
-        return "## Acceptance length\n\nNot measured: `lkspec evaluate` had not been run when this card was written."
+        why = "`lkspec evaluate` had not been run" if facts.sharpness == 1 else "its heads were multiplied only now"
+        return f"## Acceptance length\n\nNot measured: {why} when this card was written."
     width = max(len(row.alpha) for row in rows)
     head = [
         "benchmark",
@@ -159,9 +160,7 @@ def _training(facts: Facts, draft: Draft, target: Target) -> str:
         f"- draft vocabulary: {draft.vocab.size:,} of {draft.vocab.target_size:,} tokens",
     ]
     if facts.sharpness != 1:
-        lines.append(
-            f"- sharpness: its heads were multiplied by {facts.sharpness:g}, so that q^{facts.sharpness:g} is q"
-        )
+        lines.append(f"- sharpness: its heads were multiplied by {facts.sharpness:g} after training")
     if facts.step == 0:
         return "\n".join([*lines, f"- weights: {_named(config['draft'].get('init_from'))}, not trained by lkspec"])
     data = config.get("data") or {}

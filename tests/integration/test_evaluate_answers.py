@@ -78,18 +78,13 @@ def test_the_walk_by_sharpness_is_that_of_sharpened_exports(lkspec_cli, tmp_path
 def test_what_cannot_be_walked_is_refused(lkspec_cli, tmp_path):
     trained(lkspec_cli, "runs", "data.validation=null")
     unknown = write(tmp_path / "unknown.jsonl", [1.0, None])
-    outcome = lkspec_cli("evaluate", "run=latest", f"answers={unknown}")
-    assert outcome.code == 2
-    assert "answers=unknown.jsonl: 'unknown-1' does not say at which temperature" in outcome.err
-    outcome = lkspec_cli("evaluate", "run=latest", f"answers={unknown}", "engine=vllm")
-    assert outcome.code == 2
-    assert "leave out engine and throughput" in outcome.err
-    outcome = lkspec_cli("evaluate", "run=latest", "sharpness=2")
-    assert outcome.code == 2
-    assert "sharpness goes with answers=" in outcome.err
-    outcome = lkspec_cli("evaluate", "run=latest", f"answers={unknown}", "sharpness=[1,0]")
-    assert outcome.code == 2
-    assert "sharpness: expected positive numbers, got [1, 0]" in outcome.err
-    outcome = lkspec_cli("evaluate", "run=latest", "answers=nowhere.jsonl")
-    assert outcome.code == 2
-    assert "nowhere.jsonl" in outcome.err
+    for overrides, told in (
+        ([f"answers={unknown}"], "answers=unknown.jsonl: 'unknown-1' does not say at which temperature"),
+        ([f"answers={unknown}", "engine=vllm"], "leave out engine and throughput"),
+        (["sharpness=2"], "sharpness goes with answers="),
+        ([f"answers={unknown}", "sharpness=[1,0]"], "sharpness: expected positive numbers, got [1, 0]"),
+        (["answers=nowhere.jsonl"], "nowhere.jsonl"),
+    ):
+        outcome = lkspec_cli("evaluate", "run=latest", *overrides)
+        assert outcome.code == 2
+        assert told in outcome.err

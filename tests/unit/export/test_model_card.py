@@ -123,6 +123,8 @@ def test_a_sharpened_draft_tells_only_what_sharpness_leaves(tiny_target: TinyTar
     results = section(text, "Acceptance length")
     assert "**2.679**" in results
     assert "**2.346**" not in results
+    sampled = card(tiny_target, replace(FACTS, rows=[ROW], sharpness=1.75))
+    assert "Not measured: its heads were multiplied only now" in section(sampled, "Acceptance length")
 
 
 def test_no_path_of_the_machine(tiny_target: TinyTarget, tmp_path: Path) -> None:
