@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,15 @@ def accept_probability(stats: TokenStats, temperature: float) -> Float[Tensor, "
     return stats.hit if temperature == 0 else stats.accept_prob
 
 
-def walk_rows(batch: Batch, stats: TokenStats, *, temperature: float, num_depths: int, steps: int) -> list[WalkRow]:
+def walk_rows(
+    batch: Batch,
+    stats: TokenStats,
+    *,
+    temperature: float,
+    num_depths: int,
+    steps: int,
+    sharpness: float = 1.0,
+) -> list[WalkRow]:
     """The walk along every conversation of a batch with rounds of 1, 2, .. K drafted tokens, and its sums of alpha.
 
     Args:
@@ -65,6 +73,7 @@ def walk_rows(batch: Batch, stats: TokenStats, *, temperature: float, num_depths
         temperature: of the text.
         num_depths: the largest K.
         steps: optimiser steps taken before.
+        sharpness: of the q behind the statistics.
     """
     mask = stats.mask[:num_depths].cpu().numpy()
     alpha = np.where(mask, stats.log_alpha[:num_depths].cpu().double().exp().numpy(), 0.0)
@@ -84,7 +93,7 @@ def walk_rows(batch: Batch, stats: TokenStats, *, temperature: float, num_depths
             strict=True,
         )
         rows += [
-            WalkRow(conversation.name, conversation.key, temperature, steps, depth, *values)
+            WalkRow(conversation.name, conversation.key, temperature, steps, depth, sharpness, *values)
             for depth, values in enumerate(columns, start=1)
         ]
     return rows
@@ -96,38 +105,48 @@ def walk_answers(
     draft: Draft,
     answers: EncodedStore,
     *,
+    states: Callable[[Batch], TargetStates],
     num_draft_tokens: int,
     steps: int,
     sharpness: Sequence[float] = (1.0,),
-) -> dict[float, list[WalkRow]]:
+) -> list[WalkRow]:
     """Walks conversations that the target wrote, each at the temperature that it was written at.
 
     Args:
         target, draft: the models.
         answers: conversations of known temperatures.
+        states: the target's of a batch: its own ``states``, or a capture.
         num_draft_tokens: the largest K.
         steps: optimiser steps that the draft has taken.
-        sharpness: walks with q^s, renormalised, in place of q for each of these s, the keys of what is returned.
+        sharpness: walks with q^s, renormalised, in place of q for each of these s; at T = 0, where it changes
+            nothing, once with q.
     """
-    rows: dict[float, list[WalkRow]] = {power: [] for power in sharpness}
+    rows: list[WalkRow] = []
     max_tokens = max([_TEXT_TOKENS, *answers.lengths])
     for temperature in set(answers.temperatures):
         assert temperature is not None
-        chosen = [index for index, known in enumerate(answers.temperatures) if known == temperature]
+        chosen = [index for index, written_at in enumerate(answers.temperatures) if written_at == temperature]
         for (plan,) in plan_evaluation(answers.lengths, chosen, max_tokens=max_tokens, num_replicas=1, rank=0):
             batch = collate([[answers[index] for index in row] for row in plan]).to(target.device)
-            states = target.states(batch)
-            for power, walked in rows.items():
+            known = states(batch)
+            for power in sharpness if temperature else (1.0,):
                 stats = draft_stats(
                     draft,
                     batch,
-                    states,
+                    known,
                     target.head,
                     num_depths=num_draft_tokens,
                     sharpness=power,
                     temperature=temperature or 1.0,
                 )
-                walked += walk_rows(batch, stats, temperature=temperature, num_depths=num_draft_tokens, steps=steps)
+                rows += walk_rows(
+                    batch,
+                    stats,
+                    temperature=temperature,
+                    num_depths=num_draft_tokens,
+                    steps=steps,
+                    sharpness=power,
+                )
     return rows
 
 
@@ -139,6 +158,7 @@ def walk_texts(
     *,
     temperature: float,
     num_draft_tokens: int,
+    sharpness: float = 1.0,
 ) -> list[tuple[WalkCount | None, ...]]:
     """Walks answers that the target wrote at a temperature, with rounds of 1, 2, .. K drafted tokens.
 
@@ -148,6 +168,7 @@ def walk_texts(
         texts: (name, prompt tokens, answer tokens) of each.
         temperature: at which the answers were sampled, without filters.
         num_draft_tokens: the largest K.
+        sharpness: of q, as in ``draft_stats``.
 
     Returns:
         The count of each text at each K; None where the answer is too short for one whole round.
@@ -161,6 +182,7 @@ def walk_texts(
             target.states(batch),
             target.head,
             num_depths=num_draft_tokens,
+            sharpness=sharpness,
             temperature=temperature or 1.0,
         )
         walks = walk_turns(accept_probability(stats, temperature), batch.turns)

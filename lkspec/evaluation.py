@@ -59,10 +59,11 @@ class Setting:
     top_p: float = 1.0
     draft_filter: str = "none"
     seed: int = 0
+    sharpness: float = 1.0
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p, self.draft_filter)
+        return Sampling(self.temperature, self.top_k, self.top_p, self.draft_filter, self.sharpness)
 
     @property
     def is_unfiltered(self) -> bool:
@@ -257,7 +258,12 @@ def _walked(
     if setting.is_unfiltered:
         texts = [(prompt.id, completion.request.tokens, completion.tokens) for prompt, completion in ordered]
         walks = walk_texts(
-            target, draft, texts, temperature=setting.temperature, num_draft_tokens=setting.num_draft_tokens
+            target,
+            draft,
+            texts,
+            temperature=setting.temperature,
+            num_draft_tokens=setting.num_draft_tokens,
+            sharpness=setting.sharpness,
         )
     return tuple(Answer(prompt, completion, along) for (prompt, completion), along in zip(ordered, walks, strict=True))
 

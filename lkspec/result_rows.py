@@ -17,9 +17,13 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from lkspec.files import atomic_path
+from lkspec.row_tables import as_table, read_table, write_table
+
+#: What tells measurements of a run apart, and columns by these names.
+SETTING = ("benchmark", "temperature", "num_draft_tokens", "engine", "sharpness")
+SettingKey = tuple[str, float, int, str, float]
 
 
 @dataclass(frozen=True)
@@ -32,15 +36,16 @@ class RoundRow:
     temperature: float
     num_draft_tokens: int
     engine: str
+    sharpness: float
     round: int
     position: int
     accepted: int
     past_end: bool
 
     @property
-    def key(self) -> tuple[str, float, int, str]:
-        """Rows with the same key are replaced together."""
-        return self.benchmark, self.temperature, self.num_draft_tokens, self.engine
+    def setting(self) -> SettingKey:
+        """Rows of one setting are replaced together."""
+        return self.benchmark, self.temperature, self.num_draft_tokens, self.engine, self.sharpness
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class ResultRow:
         supervised_tokens: training tokens seen that were supervised, over all epochs.
         steps: optimiser steps taken.
         engine: what decoded (``lkspec``, or the name of a serving engine).
+        sharpness: s of the q^s, renormalised, that was served in place of q; 1 at T = 0, where it changes nothing.
         tau, low, high: acceptance length and its interval.
         alpha: [K], the share of the rounds with at least k accepted tokens; columns alpha_1 .. alpha_K, and
             ``tau = 1 + sum``.
@@ -79,6 +85,7 @@ class ResultRow:
     temperature: float
     num_draft_tokens: int
     engine: str
+    sharpness: float
     tau: float
     low: float
     high: float
@@ -94,13 +101,22 @@ class ResultRow:
     protocol: str
 
     @property
-    def key(self) -> tuple[str, float, int, str, str, int]:
+    def setting(self) -> SettingKey:
+        """What its rounds are known by."""
+        return self.benchmark, self.temperature, self.num_draft_tokens, self.engine, self.sharpness
+
+    @property
+    def name(self) -> str:
+        """Of the measurement among those of a run, in logs."""
+        return measurement_name(self.benchmark, self.temperature, self.num_draft_tokens, self.sharpness)
+
+    @property
+    def key(self) -> tuple[SettingKey, str, int]:
         """A run holds one row a key; the protocol counts by its content, not by its spelling.
 
         The steps are part of it: measurements before and after training stand side by side.
         """
-        protocol = content_hash(json.loads(self.protocol))
-        return self.benchmark, self.temperature, self.num_draft_tokens, self.engine, protocol, self.steps
+        return self.setting, content_hash(json.loads(self.protocol)), self.steps
 
 
 @dataclass(frozen=True)
@@ -146,6 +162,12 @@ class ThroughputRow:
 Row = TypeVar("Row", ResultRow, ThroughputRow)
 
 
+def measurement_name(benchmark: str, temperature: float, num_draft_tokens: int, sharpness: float) -> str:
+    """``<benchmark>/T<temperature>/K<num_draft_tokens>``, and ``/s<sharpness>`` where q is not as trained."""
+    sharpened = "" if sharpness == 1 else f"/s{sharpness:g}"
+    return f"{benchmark}/T{temperature:g}/K{num_draft_tokens}{sharpened}"
+
+
 def content_hash(content: Any) -> str:
     """First 8 hex digits of the sha256 of plain data in canonical JSON (sorted keys, no spaces)."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -153,26 +175,24 @@ def content_hash(content: Any) -> str:
 
 
 def replace_rounds(path: Path, rows: Sequence[RoundRow]) -> None:
-    """Adds rows to a rounds.parquet in place of those with a key that is among the new ones."""
+    """Adds rows to a rounds.parquet in place of those of the same settings."""
     if not rows:
         return
-    table = pa.Table.from_pylist([vars(row) for row in rows], schema=_ROUND_SCHEMA)
+    table = as_table(RoundRow, rows)
     if path.is_file():
-        old = pq.read_table(path)
-        stale = _with_keys(old, {row.key for row in rows})
+        old = read_round_table(path)
+        stale = _of_settings(old, {row.setting for row in rows})
         table = pa.concat_tables([old.filter(pc.invert(stale)), table])
-    with atomic_path(path) as temporary:
-        pq.write_table(table, temporary)
-
-
-def read_rounds(path: Path) -> list[RoundRow]:
-    """Reads a rounds.parquet."""
-    return [RoundRow(**row) for row in pq.read_table(path).to_pylist()]
+    write_table(path, table)
 
 
 def read_round_table(path: Path) -> pa.Table:
-    """A rounds.parquet, a column a field of ``RoundRow``."""
-    return pq.read_table(path, schema=_ROUND_SCHEMA)
+    """A rounds.parquet, a column a field of ``RoundRow``.
+
+    Raises:
+        ValueError: it has other columns.
+    """
+    return read_table(path, RoundRow)
 
 
 def write_result_rows(path: Path, rows: Sequence[ResultRow]) -> None:
@@ -232,16 +252,11 @@ def _read_csv(path: Path, row_class: type[Row]) -> list[Row]:
         return [_parse_row(row, row_class, f"{path}:{reader.line_num}") for row in reader]
 
 
-_ROUND_TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
-_ROUND_SCHEMA = pa.schema([(field.name, _ROUND_TYPES[str(field.type)]) for field in fields(RoundRow)])
-
-
-def _with_keys(table: pa.Table, keys: Collection[tuple[str, float, int, str]]) -> pa.ChunkedArray:
-    """Mask of the rows whose key is among ``keys``."""
-    names = ("benchmark", "temperature", "num_draft_tokens", "engine")
+def _of_settings(table: pa.Table, settings: Collection[SettingKey]) -> pa.ChunkedArray:
+    """Mask of the rows whose setting is among some."""
     masks = (
-        functools.reduce(pc.and_, (pc.equal(table[name], value) for name, value in zip(names, key, strict=True)))
-        for key in keys
+        functools.reduce(pc.and_, (pc.equal(table[name], value) for name, value in zip(SETTING, key, strict=True)))
+        for key in settings
     )
     return functools.reduce(pc.or_, masks)
 

@@ -9,9 +9,9 @@ A run folder, ``<root>/<draft>-<loss>-<target>-s<seed>-<hash8>/``::
     tb/             TensorBoard
     metrics.json    the last value of every metric
     rounds.parquet  one row a round
-    walk.parquet    one row a held-out conversation x depth, of the last validation or a walk along other answers
+    walk.parquet    one row a held-out conversation x depth x sharpness, of validation or `lkspec evaluate answers=`
     tokens.parquet  one row a token x depth of some held-out answers, where somebody asked for it
-    results.csv     one row a benchmark x temperature x num_draft_tokens x engine x protocol x training steps
+    results.csv     one row a setting (benchmark, temperature, num_draft_tokens, engine, sharpness) x protocol x steps
     identity.json   what besides its configuration the run's numbers depend on (see jobs.py)
     failure.txt     why the last attempt ended in an error; gone with the next attempt
     throughput.csv  one row a concurrency x num_draft_tokens x engine x protocol x training steps
@@ -49,7 +49,6 @@ from lkspec.result_rows import (
     content_hash,
     read_result_rows,
     read_round_table,
-    read_rounds,
     read_throughput_rows,
     replace_rounds,
     write_result_rows,
@@ -295,12 +294,13 @@ class RunFolder:
         return json.loads(self._metrics_file.read_text(encoding="utf-8")) if self._metrics_file.is_file() else {}
 
     def write_rounds(self, rows: Iterable[RoundRow]) -> None:
-        """Adds rows to rounds.parquet in place of those with the same benchmark, temperature, K and engine."""
+        """Adds rows to rounds.parquet in place of those of the same settings."""
         replace_rounds(self._rounds_file, list(rows))
 
     def read_rounds(self) -> list[RoundRow]:
         """All rounds; none before the first write."""
-        return read_rounds(self._rounds_file) if self._rounds_file.is_file() else []
+        table = self.read_round_table()
+        return [] if table is None else [RoundRow(**row) for row in table.to_pylist()]
 
     def read_round_table(self) -> pa.Table | None:
         """All rounds as columns, for those who count many; None before the first write."""
@@ -311,10 +311,10 @@ class RunFolder:
         write_walk_rows(self._walk_file, rows)
 
     def add_walk(self, rows: Sequence[WalkRow]) -> None:
-        """Adds rows to walk.parquet in place of those with the same conversation, temperature and depth."""
+        """Adds rows to walk.parquet in place of those with the same conversation, temperature, depth and sharpness."""
         table = self.read_walk_table()
         known = [] if table is None else [WalkRow(**row) for row in table.to_pylist()]
-        self.write_walk(list({(row.key, row.temperature, row.depth): row for row in [*known, *rows]}.values()))
+        self.write_walk(list({row.setting: row for row in [*known, *rows]}.values()))
 
     def read_walk_table(self) -> pa.Table | None:
         """The walk along the held-out conversations, a column a field of ``WalkRow``; None before the first write."""

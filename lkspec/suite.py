@@ -46,25 +46,35 @@ class SuiteOptions:
     top_k: int = 0
     top_p: float = 1.0
     draft_filter: str = "none"
+    sharpness: Sequence[float] | float = 1.0
     batch_size: int = 16
     seed: int = 0
     num_prompts_before: int | None = None  # of each benchmark, where training has not begun
 
     def settings(self) -> list[Setting]:
-        """Every combination.
+        """Every combination, but for sharpness at T = 0, where it changes nothing.
 
         Raises:
             ValueError: values out of range.
         """
         if self.batch_size < 1:
             raise ValueError(f"evaluation.batch_size: expected at least 1, got {self.batch_size}")
+        lists = (listed(self.temperatures), listed(self.num_draft_tokens), listed(self.sharpness))
         settings = [
-            Setting(float(temperature), int(depths), self.top_k, self.top_p, self.draft_filter, self.seed)
-            for temperature, depths in itertools.product(listed(self.temperatures), listed(self.num_draft_tokens))
+            Setting(
+                temperature=float(temperature),
+                num_draft_tokens=int(depths),
+                top_k=self.top_k,
+                top_p=self.top_p,
+                draft_filter=self.draft_filter,
+                seed=self.seed,
+                sharpness=float(sharpness) if temperature else 1.0,
+            )
+            for temperature, depths, sharpness in itertools.product(*lists)
         ]
         for setting in settings:
             assert setting.sampling is not None  # refuses values out of range before anything is decoded
-        return settings
+        return list(dict.fromkeys(settings))
 
 
 def listed(value: Any) -> list[Any]:
@@ -114,16 +124,17 @@ class Suite:
     def run(self, draft: Draft, *, stage: str, step: int, supervised_tokens: int) -> list[Measurement]:
         """All measurements ``before``, ``during``, ``after`` or ``without`` training; every rank takes part."""
         self.check(draft)
-        settings = self.options.settings()
+        options = self.options
         if stage == "before":  # one number to compare with is enough
-            largest = max(setting.num_draft_tokens for setting in settings)
-            settings = [setting for setting in settings if setting.num_draft_tokens == largest]
+            largest = max(listed(options.num_draft_tokens))
+            options = replace(options, num_draft_tokens=largest, sharpness=listed(options.sharpness)[0])
         rank, num_replicas = _rank_and_world()
         measurements = []
         rows: list[ResultRow] = []
         with _progress(visible=rank == 0) as progress:
-            for benchmark, setting in itertools.product(self.benchmarks, settings):
+            for benchmark, setting in itertools.product(self.benchmarks, options.settings()):
                 label = f"{benchmark.name} T={setting.temperature:g} K={setting.num_draft_tokens}"
+                label += "" if setting.sharpness == 1 else f" s={setting.sharpness:g}"
                 task = progress.add_task(label, total=None)
                 measured = measure(
                     self.target,
@@ -185,6 +196,7 @@ class Suite:
             temperature=setting.temperature,
             num_draft_tokens=setting.num_draft_tokens,
             engine=measurement.engine,
+            sharpness=setting.sharpness,
             tau=metrics.tau,
             low=metrics.low,
             high=metrics.high,
@@ -211,6 +223,7 @@ def _round_rows(measurement: Measurement) -> list[RoundRow]:
             temperature=setting.temperature,
             num_draft_tokens=setting.num_draft_tokens,
             engine=measurement.engine,
+            sharpness=setting.sharpness,
             round=number,
             position=decoded.position,
             accepted=decoded.accepted,
@@ -224,11 +237,14 @@ def _round_rows(measurement: Measurement) -> list[RoundRow]:
 def print_rows(rows: Sequence[ResultRow], *, title: str) -> None:
     """A table of measurements: tau with its 95 % interval, acceptance per position, speed.
 
-    ``whole rounds`` is tau over the rounds whose K proposals lie inside the text, the rule that the walk follows.
+    ``s`` is the sharpness of q, where any is not as trained; ``whole rounds`` is tau over the rounds whose K proposals
+    lie inside the text, the rule that the walk follows.
     """
     table = Table(title=title, title_justify="left")
-    numbers = ("T", "K", "tau", "95 % interval", "whole rounds", "walk", "accepted at 1..K", "prompts", "tokens/s")
-    for name in ("benchmark", *numbers):
+    sharpened = any(row.sharpness != 1 for row in rows)
+    setting = ("T", "K", *(["s"] if sharpened else []))
+    measured = ("tau", "95 % interval", "whole rounds", "walk", "accepted at 1..K", "prompts", "tokens/s")
+    for name in ("benchmark", *setting, *measured):
         table.add_column(name, justify="left" if name == "benchmark" else "right", no_wrap=True)
     with_speedup = any(row.speedup is not None for row in rows)
     if with_speedup:
@@ -238,6 +254,7 @@ def print_rows(rows: Sequence[ResultRow], *, title: str) -> None:
             row.benchmark,
             f"{row.temperature:g}",
             str(row.num_draft_tokens),
+            *([f"{row.sharpness:g}"] if sharpened else []),
             f"{row.tau:.3f}",
             f"{row.low:.3f} - {row.high:.3f}",
             _shown(row.tau_whole_rounds, ".3f"),
@@ -292,7 +309,7 @@ def _with_walks(rows: dict[tuple[str, float, int], ResultRow]) -> list[ResultRow
 
 def draw_run(folder: RunFolder) -> None:
     """Draws the run's figures from its own files: tau over K, acceptance per position, alpha over time."""
-    rows = [row for row in folder.read_results() if row.engine == "lkspec"]
+    rows = [row for row in folder.read_results() if row.engine == "lkspec" and row.sharpness == 1]
     before, newest = (
         {(row.benchmark, row.temperature, row.num_draft_tokens): row for row in rows if (row.steps > 0) == trained}
         for trained in (False, True)

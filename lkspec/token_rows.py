@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from lkspec.files import atomic_path
+from lkspec.row_tables import as_table, read_table, write_table
 
 
 @dataclass(frozen=True)
@@ -37,16 +36,15 @@ class TokenRow:
     coverage: float
 
 
-_TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
-_SCHEMA = pa.schema([(field.name, _TYPES[str(field.type)]) for field in fields(TokenRow)])
-
-
 def write_token_rows(path: Path, rows: Sequence[TokenRow]) -> None:
     """Replaces a tokens.parquet."""
-    with atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_pylist([vars(row) for row in rows], schema=_SCHEMA), temporary)
+    write_table(path, as_table(TokenRow, rows))
 
 
 def read_token_table(path: Path) -> pa.Table:
-    """A tokens.parquet, a column a field of ``TokenRow``."""
-    return pq.read_table(path, schema=_SCHEMA)
+    """A tokens.parquet, a column a field of ``TokenRow``.
+
+    Raises:
+        ValueError: it has other columns.
+    """
+    return read_table(path, TokenRow)

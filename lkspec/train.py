@@ -202,7 +202,7 @@ def _finish(
 
     ``seconds`` is the wall time of a run that was not interrupted: plans of later sweeps are estimated from it.
     """
-    final = {f"{row.benchmark}/T{row.temperature:g}/K{row.num_draft_tokens}": row.tau for row in suite.last_rows}
+    final = {row.name: row.tau for row in suite.last_rows}
     if trainer.is_global_zero:
         if module.walk_rows:
             folder.write_walk(module.walk_rows)

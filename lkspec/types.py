@@ -10,6 +10,7 @@ known; the draft at depth k = 1..K proposes x_{t+1+k}, whose target distribution
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Self
@@ -163,6 +164,16 @@ class TargetStates(_Movable):
         """All of them, the summary's last."""
         summary = () if self.summary is None else (self.summary.log_normaliser, self.summary.argmax)
         return (self.aux, self.last, *summary)
+
+
+def check_sharpness(sharpness: float) -> None:
+    """Refuses what is no exponent of q.
+
+    Raises:
+        ValueError: not positive and finite.
+    """
+    if not 0 < sharpness < math.inf:
+        raise ValueError(f"sharpness: expected a positive number (1 changes nothing), got {sharpness:g}")
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ conversation: most of the spread between texts is shared and cancels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from lkspec.files import atomic_path
+from lkspec.row_tables import as_table, read_table, write_table
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,7 @@ class WalkRow:
         temperature: at which the target wrote it.
         steps: optimiser steps taken before.
         depth: k.
+        sharpness: s of the q^s that was walked with, renormalised, in place of q; 1 at T = 0, where it changes nothing.
         num_tokens: tokens supervised at depth k.
         alpha: sum of the acceptance rate over them, at that temperature (T = 0: at 1).
         rounds, accepted: expected ones of the walk with rounds of k drafted tokens; 0 where the answer is too short.
@@ -37,23 +37,28 @@ class WalkRow:
     temperature: float
     steps: int
     depth: int
+    sharpness: float
     num_tokens: int
     alpha: float
     rounds: float
     accepted: float
     at_least: float
 
-
-_TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
-_SCHEMA = pa.schema([(field.name, _TYPES[str(field.type)]) for field in fields(WalkRow)])
+    @property
+    def setting(self) -> tuple[str, float, int, float]:
+        """A run holds one row a key."""
+        return self.key, self.temperature, self.depth, self.sharpness
 
 
 def write_walk_rows(path: Path, rows: Sequence[WalkRow]) -> None:
     """Replaces a walk.parquet."""
-    with atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_pylist([vars(row) for row in rows], schema=_SCHEMA), temporary)
+    write_table(path, as_table(WalkRow, rows))
 
 
 def read_walk_table(path: Path) -> pa.Table:
-    """A walk.parquet, a column a field of ``WalkRow``."""
-    return pq.read_table(path, schema=_SCHEMA)
+    """A walk.parquet, a column a field of ``WalkRow``.
+
+    Raises:
+        ValueError: it has other columns.
+    """
+    return read_table(path, WalkRow)

@@ -71,14 +71,15 @@ def decoded(
     num_prompts: int = 12,
     gain: float = 0.0,
     protocol: dict[str, Any] | None = None,
+    sharpness: float = 1.0,
     **changes: Any,
 ) -> tuple[ResultRow, list[RoundRow]]:
     """A decoded benchmark: every prompt has its own acceptance rate, raised by ``gain``."""
     config = run.config
     rounds = [
-        RoundRow(benchmark, f"{benchmark}-{p}", 0, temperature, depths, "lkspec", number, number, accepted, number > 18)
+        RoundRow(benchmark, f"{benchmark}-{p}", 0, temperature, depths, "lkspec", sharpness, n, n, accepted, n > 18)
         for p in range(num_prompts)
-        for number, accepted in enumerate(_accepted(run, p, depths, gain))
+        for n, accepted in enumerate(_accepted(run, p, depths, gain))
     ]
     accepted = np.array([row.accepted for row in rounds])
     whole = np.array([row.accepted for row in rounds if not row.past_end])
@@ -88,7 +89,7 @@ def decoded(
         run=run.name, commit="none", code_hash="ab", draft=config["names"]["draft"], loss=config["names"]["loss"],
         loss_args=json.dumps(loss_args), target="tiny", data_fingerprint="f", seed=config["seed"],
         supervised_tokens=100, steps=10, benchmark=benchmark, temperature=temperature, num_draft_tokens=depths,
-        engine="lkspec", tau=1 + float(accepted.mean()), low=1.0, high=2.0,
+        engine="lkspec", sharpness=sharpness, tau=1 + float(accepted.mean()), low=1.0, high=2.0,
         alpha=tuple(float((accepted >= k).mean()) for k in range(1, depths + 1)),
         tau_whole_rounds=1 + float(whole.mean()), walk_tau=None, walk_over_k="[]", tokens_per_second=10.0, speedup=None,
         num_prompts=num_prompts, eta=None, eta_source=None, protocol=json.dumps(full),
@@ -110,8 +111,9 @@ def walk_held_out(
     num_texts: int = 16,
     depths: int = 3,
     gain: float = 0.0,
+    sharpness: float = 1.0,
 ) -> list[WalkRow]:
-    """Adds walk.parquet."""
+    """Adds to walk.parquet."""
     rows = []
     for temperature in temperatures:
         for text in range(num_texts):
@@ -125,6 +127,7 @@ def walk_held_out(
                         temperature=temperature,
                         steps=10,
                         depth=depth,
+                        sharpness=sharpness,
                         num_tokens=20,
                         alpha=20 * rate * 0.9 ** (depth - 1),
                         rounds=10.0,
@@ -132,7 +135,7 @@ def walk_held_out(
                         at_least=10 * rate**depth,
                     )
                 )
-    run.write_walk(rows)
+    run.add_walk(rows)
     return rows
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from lkspec.evaluation import Measurement
+from lkspec.metrics import acceptance_metrics
+from lkspec.result_rows import measurement_name
 
 
 class AcceptanceLength(Callback):
@@ -53,12 +55,12 @@ class AcceptanceLength(Callback):
 
 
 def measurement_scalars(measurement: Measurement) -> dict[str, Any]:
-    """What loggers show of a measurement."""
-    from lkspec.metrics import acceptance_metrics
-
+    """What loggers show of a measurement; K is in the names, as several may be measured."""
     setting = measurement.setting
     metrics = acceptance_metrics(measurement.prompt_rounds(), num_draft_tokens=setting.num_draft_tokens)
-    prefix = f"eval/{measurement.benchmark}/T{setting.temperature:g}"
+    prefix = "eval/" + measurement_name(
+        measurement.benchmark, setting.temperature, setting.num_draft_tokens, setting.sharpness
+    )
     return {
         f"{prefix}/acceptance_length": metrics.tau,
         f"{prefix}/walk_acceptance_length": measurement.walk_acceptance_lengths()[-1],

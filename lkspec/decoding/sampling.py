@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lkspec.types import check_sharpness
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -19,6 +21,7 @@ class Sampling:
         top_k: keep the k most probable tokens (0 = all).
         top_p: keep the smallest set whose mass reaches p (1 = all).
         draft_filter: ``same`` applies top-k and top-p to q as well, ``none`` only the temperature (as vLLM does).
+        sharpness: q^sharpness, renormalised, in place of q (1 = as trained); verification is lossless for any q.
 
     Raises:
         ValueError: values out of range.
@@ -28,6 +31,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     draft_filter: str = "none"
+    sharpness: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -38,6 +42,7 @@ class Sampling:
             raise ValueError(f"top_p: expected in (0, 1], got {self.top_p}")
         if self.draft_filter not in ("none", "same"):
             raise ValueError(f"draft_filter: expected 'none' or 'same', got {self.draft_filter!r}")
+        check_sharpness(self.sharpness)
 
     @property
     def is_greedy(self) -> bool:
@@ -48,10 +53,11 @@ class Sampling:
         return distribution(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
     def draft_probs(self, logits: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        """q, filtered when ``draft_filter`` is ``same``."""
+        """q^sharpness, filtered when ``draft_filter`` is ``same``."""
+        temperature = self.temperature / self.sharpness
         if self.draft_filter == "same":
-            return self.target_probs(logits)
-        return distribution(logits, temperature=self.temperature)
+            return distribution(logits, temperature=temperature, top_k=self.top_k, top_p=self.top_p)
+        return distribution(logits, temperature=temperature)
 
 
 def distribution(

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lkspec.attention import check_kernel
 from lkspec.kv_cache import PositionCache
-from lkspec.types import Batch, DraftSampler, FreshStates, LinearHead, TargetStates
+from lkspec.types import Batch, DraftSampler, FreshStates, LinearHead, TargetStates, check_sharpness
 from lkspec.vocab import DraftVocab
 
 
@@ -134,8 +134,7 @@ class Draft(nn.Module):
         Raises:
             ValueError: sharpness that is not positive and finite, or a head that is the target's.
         """
-        if not 0 < sharpness < torch.inf:
-            raise ValueError(f"sharpness: expected a positive number (1 changes nothing), got {sharpness}")
+        check_sharpness(sharpness)
         heads = [self.head(depth) for depth in range(1, self.num_depths + 1)]
         tensors = {t.data_ptr(): t for head in heads for t in (head.weight, head.bias) if t is not None}
         if any(tensor.data_ptr() in tensors for tensor in self.frozen_tensors()):

@@ -42,7 +42,7 @@ class Facts:
         rows: its results.
         license: of the weights, in the hub's words; None is not stated.
         target_id: what others call the target; None is where it was loaded from.
-        sharpness: what the heads were multiplied by after the rows were measured.
+        sharpness: what the heads were multiplied by after training.
     """
 
     run: str
@@ -92,12 +92,12 @@ def _header(facts: Facts, target: str) -> str:
 
 
 def _results(facts: Facts) -> str:
-    rows = newest(facts.rows)
-    if facts.sharpness != 1:
-        rows = [row for row in rows if row.temperature == 0]  # which multiplied heads do not change
+    # At T = 0 the heads may be multiplied by anything.
+    rows = [row for row in newest(facts.rows) if row.temperature == 0 or row.sharpness == facts.sharpness]
     if not rows:
-        why = "`lkspec evaluate` had not been run" if facts.sharpness == 1 else "its heads were multiplied only now"
-        return f"## Acceptance length\n\nNot measured: {why} when this card was written."
+        how = "" if facts.sharpness == 1 else f" with sharpness={facts.sharpness:g}"
+        why = f"`lkspec evaluate`{how} had not been run when this card was written"
+        return f"## Acceptance length\n\nNot measured: {why}."
     width = max(len(row.alpha) for row in rows)
     head = [
         "benchmark",

@@ -20,6 +20,7 @@ SETTINGS = (
     "temperature",
     "num_draft_tokens",
     "depth",
+    "sharpness",
     "engine",
     "protocol",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lkspec.reporting.held_out import HELD_OUT
@@ -11,7 +11,12 @@ from lkspec.reporting.labels import label, published_overrides
 from lkspec.reporting.series import Series
 
 # Settings of a measurement: what `lkspec evaluate` (or the end of training) can be asked for.
-_MEASURED = {"benchmark": "benchmark", "temperature": "temperatures", "num_draft_tokens": "num_draft_tokens"}
+_MEASURED = {
+    "benchmark": "benchmark",
+    "temperature": "temperatures",
+    "num_draft_tokens": "num_draft_tokens",
+    "sharpness": "sharpness",
+}
 _GROUPS = ("draft", "target", "loss", "objective")
 
 
@@ -22,6 +27,7 @@ class Commands:
         self._series = series
         self._evaluations: dict[str, dict[str, list[str]]] = {}
         self._alone: set[str] = set()
+        self._sharpened: dict[str, list[str]] = {}
         self._numbers: dict[str, int] = {}
         self._trainings: dict[str, str] = {}
 
@@ -32,17 +38,29 @@ class Commands:
         if not trained:
             return (self._train(recipe),)
         benchmarks = {place.get("benchmark") or one.get("benchmark") for one in trained.values()}
+        if place.get("temperature") == "0" and place.get("sharpness", "1") != "1":
+            return ()  # nothing that differs from sharpness 1
         if benchmarks == {HELD_OUT}:
-            return ()  # validation belongs to training
+            return self._walks(trained, place.get("sharpness", "1"))
         return tuple(self._evaluate(one, place, measure) for one in trained.values())
 
     @property
     def texts(self) -> tuple[str, ...]:
         """The commands, in the order of their numbers."""
-        return tuple(self._trainings.get(key) or self._evaluation(key) for key in self._numbers)
+        return tuple(self._trainings.get(key) or self._walk(key) or self._evaluation(key) for key in self._numbers)
 
     def _number(self, key: str) -> int:
         return self._numbers.setdefault(key, len(self._numbers) + 1)
+
+    def _walks(self, runs: Iterable[str], sharpness: str) -> tuple[int, ...]:
+        """Walks of finished runs with another sharpness; all others belong to training."""
+        if sharpness == "1":
+            return ()
+        paths = [str(one.run.path) for one in self._series if one.run.name in runs]
+        for path in paths:
+            powers = self._sharpened.setdefault(path, [])
+            powers += [] if sharpness in powers else [sharpness]
+        return tuple(self._number(f"walk {path}") for path in dict.fromkeys(paths))
 
     def _evaluate(self, series: Series, place: Mapping[str, str], measure: str) -> int:
         path = str(series.run.path)
@@ -55,9 +73,18 @@ class Commands:
                 values.append(value)
         return self._number(path)
 
+    def _walk(self, key: str) -> str | None:
+        path = key.removeprefix("walk ")
+        if path == key:
+            return None
+        powers = ",".join(self._sharpened[path])
+        return shlex.join(["lkspec", "evaluate", f"run={path}", "answers=held_out", f"sharpness=[{powers}]"])
+
     def _evaluation(self, path: str) -> str:
-        asked = self._evaluations[path]
-        lists = [f"{name}=[{','.join(asked[key])}]" for key, name in _MEASURED.items() if asked[key]]
+        asked = {key: values for key, values in self._evaluations[path].items() if values}
+        if asked.get("sharpness") == ["1"]:
+            del asked["sharpness"]  # what it is by itself
+        lists = [f"{_MEASURED[key]}=[{','.join(values)}]" for key, values in asked.items()]
         alone = ["batch_size=1"] if path in self._alone else []  # the target is only timed beside single requests
         return shlex.join(["lkspec", "evaluate", f"run={path}", *lists, *alone])
 

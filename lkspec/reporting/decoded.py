@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from lkspec.reporting.series import About, Series, about_run, make_series, sums_by
-from lkspec.result_rows import ResultRow, content_hash
+from lkspec.result_rows import SETTING, ResultRow, content_hash
 from lkspec.results import RunFolder
 
 #: Splits rounds of a setting with K drafted tokens into (depth, numerator, denominator), one of each a round.
@@ -24,7 +24,7 @@ def decoded(run: RunFolder, count: Count) -> Iterator[Series]:
 
     def listed(row: ResultRow) -> pd.DataFrame | None:
         """The rounds behind a row; None for an engine that lists none, or where later ones took their place."""
-        found = rounds.get((row.benchmark, row.temperature, row.num_draft_tokens, row.engine))
+        found = rounds.get(row.setting)
         fits = found is not None and math.isclose(1 + found["accepted"].mean(), row.tau, rel_tol=1e-9)
         return found if fits else None
 
@@ -87,17 +87,15 @@ def _rounds_by_setting(run: RunFolder) -> dict[tuple[Any, ...], pd.DataFrame]:
     table = run.read_round_table()
     if table is None:
         return {}
-    keys = ["benchmark", "temperature", "num_draft_tokens", "engine"]
-    return {tuple(key): part for key, part in table.to_pandas().groupby(keys, sort=False)}
+    return {tuple(key): part for key, part in table.to_pandas().groupby(list(SETTING), sort=False)}
 
 
 def _most_trained(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """Of each setting the rows after the most training; before it fewer prompts may have been measured."""
     most: dict[tuple[Any, ...], int] = {}
     for row in rows:
-        setting = (row.benchmark, row.temperature, row.num_draft_tokens, row.engine)
-        most[setting] = max(most.get(setting, 0), row.steps)
-    return [r for r in rows if r.steps == most[r.benchmark, r.temperature, r.num_draft_tokens, r.engine]]
+        most[row.setting] = max(most.get(row.setting, 0), row.steps)
+    return [row for row in rows if row.steps == most[row.setting]]
 
 
 def _last_of_each(rows: Sequence[ResultRow], settings: Callable[[ResultRow], dict[str, Any]]) -> list[ResultRow]:
@@ -115,6 +113,7 @@ def _settings(row: ResultRow, about: About, *, with_batch_size: bool = False) ->
         "benchmark": row.benchmark,
         "temperature": row.temperature,
         "num_draft_tokens": row.num_draft_tokens,
+        "sharpness": row.sharpness,
         "steps": row.steps,
         "protocol": protocol,
     }

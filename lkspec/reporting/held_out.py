@@ -44,9 +44,10 @@ def _held_out(
         yield from _held_out_metrics(run, about, metric)
         return
     everything = table.to_pandas()
-    for temperature, texts in everything.groupby("temperature"):
+    for (temperature, sharpness), texts in everything.groupby(["temperature", "sharpness"]):
         protocol = {"texts": content_hash(sorted(texts["key"].unique()))}
         settings = _held_out_settings(about, float(temperature), int(texts["steps"].max()), protocol)
+        settings["sharpness"] = float(sharpness)
         for depth, rows in texts.groupby("depth"):
             sums = sums_by(rows["key"], *of_depth(rows))
             here = {**settings, "depth": int(depth), "num_draft_tokens": int(texts["depth"].max())}
@@ -70,5 +71,5 @@ def _held_out_metrics(run: RunFolder, about: About, metric: str | None) -> Itera
 
 
 def _held_out_settings(about: About, temperature: float, steps: int | None, protocol: dict[str, Any]) -> dict[str, Any]:
-    held_out = {"engine": "walk", "benchmark": HELD_OUT, "temperature": temperature}
+    held_out = {"engine": "walk", "benchmark": HELD_OUT, "temperature": temperature, "sharpness": 1.0}
     return {**about.settings, **held_out, "steps": steps, "protocol": protocol}

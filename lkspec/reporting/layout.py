@@ -85,16 +85,17 @@ class Layout:
 def chosen(series: Sequence[Series], layout: Layout, measure: str) -> list[Series]:
     """The series that ``where`` wants; ``max`` is the largest value of each run (of num_draft_tokens, of steps).
 
-    The walk is known at every K of a run; where nothing asks for one it is the largest.
+    Where nothing asks for it, sharpness is 1, as trained, and K of the walk, known up to a run's depths, the largest.
 
     Raises:
         ValueError: a key that nobody knows, or nothing left.
     """
     _check_keys(series, layout)
     left = list(series)
-    asked = "num_draft_tokens" in (*layout.rows, *layout.columns, *layout.where)
-    largest_k = {"num_draft_tokens": "max"} if measure == "walk" and not asked else {}
-    for key, wanted in {**largest_k, **layout.where}.items():
+    usual = {"sharpness": 1.0, **({"num_draft_tokens": "max"} if measure == "walk" else {})}
+    asked = (*layout.rows, *layout.columns, *layout.where)
+    unasked = {key: wanted for key, wanted in usual.items() if key not in asked}
+    for key, wanted in {**unasked, **layout.where}.items():
         if wanted == "max":
             largest = {one.run.name: max(o.get(key) for o in left if o.run.name == one.run.name) for one in left}
             left = [one for one in left if one.get(key) == largest[one.run.name]]

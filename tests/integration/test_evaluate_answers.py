@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from command_line import NO_EVALUATION, TINY_RUN, Run
+from command_line import BRIEF_EVALUATION, NO_EVALUATION, TINY_RUN, Run
 
 from lkspec.results import RunFolder, list_runs
 
@@ -40,7 +42,7 @@ def trained(cli: Run, root: str, *overrides: str) -> RunFolder:
 def walk_of(run: RunFolder) -> pd.DataFrame:
     table = run.read_walk_table()
     assert table is not None
-    return table.to_pandas().sort_values(["key", "temperature", "depth"], ignore_index=True)
+    return table.to_pandas().sort_values(["key", "temperature", "sharpness", "depth"], ignore_index=True)
 
 
 def test_the_walk_is_that_of_a_run_validated_on_the_same_answers(lkspec_cli, tmp_path):
@@ -61,18 +63,68 @@ def test_the_walk_by_sharpness_is_that_of_sharpened_exports(lkspec_cli, tmp_path
     run = trained(lkspec_cli, "runs", "data.validation=null", "optimizer.lr=3e-2")
     outcome = lkspec_cli("evaluate", "run=latest", f"answers={answers}", "sharpness=[1,3]")
     assert outcome.code == 0, outcome.err
-    assert run.read_walk_table() is None, "nothing is stored"
-    shown = {line.split("│")[1].strip(): line.split("│")[2:4] for line in outcome.out.splitlines() if "│" in line}
+    walked = walk_of(run)
     assert lkspec_cli("export", "run=latest", "out=sharp", "sharpness=3").code == 0
     exported = ("draft=pretrained", "draft.path=sharp", "target=tiny", "target.device=cpu", "run_root=exported")
     assert lkspec_cli("evaluate", *exported, f"answers={answers}").code == 0
     (sharp,) = list_runs(Path("exported"))
-    rows = walk_of(sharp)
-    for temperature, told in zip((0.0, 1.0), shown["3"], strict=True):
-        whole = rows[(rows.temperature == temperature) & (rows.depth == 2)]
-        assert float(told) == pytest.approx(1 + whole.accepted.sum() / whole.rounds.sum(), abs=6e-4)
-    assert shown["3"][0] == shown["1"][0], "at T = 0 sharpness changes nothing"
-    assert shown["3"][1] != shown["1"][1]
+    expected = walk_of(sharp)
+    for temperature, sharpness in ((0.0, 1.0), (1.0, 3.0)):
+        ours = walked[(walked.temperature == temperature) & (walked.sharpness == sharpness)]
+        theirs = expected[expected.temperature == temperature]
+        assert len(ours)
+        assert ours[["rounds", "accepted"]].to_numpy() == pytest.approx(theirs[["rounds", "accepted"]].to_numpy(), 1e-4)
+    assert set(zip(walked.temperature, walked.sharpness, strict=True)) == {(0.0, 1.0), (1.0, 1.0), (1.0, 3.0)}
+    shown = {line.split("│")[1].strip(): line.split("│")[2:4] for line in outcome.out.splitlines() if "│" in line}
+    for (temperature, sharpness), rows in walked[walked.depth == 2].groupby(["temperature", "sharpness"]):
+        told = shown[f"{sharpness:g}"][int(temperature)].split()[0]
+        assert float(told) == pytest.approx(1 + rows.accepted.sum() / rows.rounds.sum(), abs=6e-4)
+    assert shown["3"][0].strip() == "as 1"
+
+
+def test_the_held_out_answers_of_a_run_are_walked_with_its_captured_states(lkspec_cli, tmp_path):
+    answers = write(tmp_path / "answers.jsonl", [0.0, 1.0, 1.0])
+    data = ("target=tiny", "target.device=cpu", "data=tiny", "data.train=tiny:10", f"data.validation={answers}")
+    assert lkspec_cli("capture", *data, "out=captured").code == 0
+    run = trained(lkspec_cli, "runs", f"data.validation={answers}", "states_dir=captured")
+    validated = walk_of(run)
+    outcome = lkspec_cli("evaluate", "run=latest", "answers=held_out", "sharpness=[1,2]")
+    assert outcome.code == 0, outcome.err
+    walked = walk_of(run)
+    again = walked[walked.sharpness == 1].reset_index(drop=True)
+    pd.testing.assert_frame_equal(again, validated, check_exact=False, rtol=1e-5)
+    assert len(walked) == len(validated) + (validated.temperature == 1).sum()
+    report = lkspec_cli(
+        "report", "runs=runs/*", "value=walk", "rows=[draft,sharpness]", "columns=[temperature]",
+        "baseline={sharpness:1}",
+    )  # fmt: skip
+    assert report.code == 0, report.err
+    assert re.search(r"\| mlp \| 2 \| \S* ?\| .*[+-]\d\.\d{3}", report.out), report.out
+    shutil.rmtree("captured")
+    outcome = lkspec_cli("evaluate", "run=latest", "answers=held_out")
+    assert outcome.code == 0, outcome.err
+    assert "captured is not there: the target reads the answers again" in outcome.out
+
+
+def test_decoding_with_sharpness_is_that_of_a_sharpened_export(lkspec_cli, tmp_path):
+    run = trained(lkspec_cli, "runs", "optimizer.lr=3e-2")
+    measured = (*BRIEF_EVALUATION, "temperatures=[0,1]", "num_draft_tokens=2")
+    outcome = lkspec_cli("evaluate", "run=latest", *measured, "sharpness=[1,3]")
+    assert outcome.code == 0, outcome.err
+    rows = {(row.temperature, row.sharpness): row for row in run.read_results()}
+    assert set(rows) == {(0.0, 1.0), (1.0, 1.0), (1.0, 3.0)}
+    assert lkspec_cli("export", "run=latest", "out=sharp", "sharpness=3").code == 0
+    exported = ("draft=pretrained", "draft.path=sharp", "target=tiny", "target.device=cpu", "run_root=exported")
+    assert lkspec_cli("evaluate", *exported, *measured).code == 0
+    (sharp,) = list_runs(Path("exported"))
+    theirs = {row.temperature: row for row in sharp.read_results()}
+    assert theirs[1.0].tau == rows[1.0, 3.0].tau
+    assert theirs[1.0].walk_tau == pytest.approx(rows[1.0, 3.0].walk_tau, rel=1e-4)
+    assert theirs[0.0].tau == rows[0.0, 1.0].tau
+    assert rows[1.0, 1.0].tau != rows[1.0, 3.0].tau
+    report = lkspec_cli("report", "runs=runs/*", "rows=[draft,sharpness]", "columns=[temperature]")
+    assert report.code == 0, report.err
+    assert f"{rows[1.0, 3.0].tau:.3f}" in report.out
 
 
 def test_what_cannot_be_walked_is_refused(lkspec_cli, tmp_path):
@@ -81,8 +133,11 @@ def test_what_cannot_be_walked_is_refused(lkspec_cli, tmp_path):
     for overrides, told in (
         ([f"answers={unknown}"], "answers=unknown.jsonl: 'unknown-1' does not say at which temperature"),
         ([f"answers={unknown}", "engine=vllm"], "leave out engine and throughput"),
-        (["sharpness=2"], "sharpness goes with answers="),
-        ([f"answers={unknown}", "sharpness=[1,0]"], "sharpness: expected positive numbers, got [1, 0]"),
+        (["answers=held_out"], "answers=held_out: "),
+        (["engine=vllm", "sharpness=2"], "sharpness: an engine serves q as it is exported"),
+        (["engine=vllm", "throughput=default", "sharpness=2"], "sharpness: an engine serves q as it is exported"),
+        (["sharpness=-1"], "sharpness: expected a positive number (1 changes nothing), got -1"),
+        ([f"answers={unknown}", "sharpness=[1,0]"], "sharpness: expected a positive number (1 changes nothing), got 0"),
         (["answers=nowhere.jsonl"], "nowhere.jsonl"),
     ):
         outcome = lkspec_cli("evaluate", "run=latest", *overrides)

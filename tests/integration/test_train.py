@@ -84,13 +84,13 @@ def test_tensorboard_shows_the_documented_keys(complete_run):
     expected = {
         *(f"train/{name}" for name in train),
         *(f"val/text/{name}" for name in val),
-        *(f"eval/mini_math/T{t}/{name}" for t in (0, 1) for name in measured),
+        *(f"eval/mini_math/T{t}/K4/{name}" for t in (0, 1) for name in measured),
         *(f"hparams/mini_math/T{t}/K4" for t in (0, 1)),
     }
     assert expected <= set(events.Tags()["scalars"])
     assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= set(events.PluginTagToContent("hparams"))
     assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3]
-    assert [event.step for event in events.Scalars("eval/mini_math/T1/acceptance_length")] == [0, 4]
+    assert [event.step for event in events.Scalars("eval/mini_math/T1/K4/acceptance_length")] == [0, 4]
 
 
 def test_the_learning_rate_logged_is_the_one_of_the_step(complete_run):

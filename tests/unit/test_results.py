@@ -41,6 +41,7 @@ def result_row(**changes) -> ResultRow:
         temperature=1.0,
         num_draft_tokens=2,
         engine="lkspec",
+        sharpness=1.0,
         tau=1.0 + 1 / 3,
         low=1.2,
         high=1.4,
@@ -66,6 +67,7 @@ def round_row(**changes) -> RoundRow:
         temperature=1.0,
         num_draft_tokens=2,
         engine="lkspec",
+        sharpness=1.0,
         round=0,
         position=1,
         accepted=2,
@@ -295,6 +297,7 @@ def test_rounds_round_trip(run):
         "temperature": "double",
         "num_draft_tokens": "int64",
         "engine": "string",
+        "sharpness": "double",
         "round": "int64",
         "position": "int64",
         "accepted": "int64",
@@ -303,9 +306,10 @@ def test_rounds_round_trip(run):
 
 
 @pytest.mark.parametrize(
-    "other", [{"benchmark": "humaneval"}, {"temperature": 0.0}, {"num_draft_tokens": 3}, {"engine": "vllm"}]
+    "other",
+    [{"benchmark": "humaneval"}, {"temperature": 0.0}, {"num_draft_tokens": 3}, {"engine": "vllm"}, {"sharpness": 2.0}],
 )
-def test_rounds_with_the_same_key_are_replaced(run, other):
+def test_rounds_of_the_same_setting_are_replaced(run, other):
     kept = [round_row(**other), round_row(**other, round=1)]
     run.write_rounds([round_row(), *kept, round_row(round=1)])
     new = [round_row(prompt_id="q9", accepted=0)]
@@ -313,12 +317,22 @@ def test_rounds_with_the_same_key_are_replaced(run, other):
     assert run.read_rounds() == [*kept, *new]
 
 
-def test_several_keys_are_replaced_at_once(run):
+def test_several_settings_are_replaced_at_once(run):
     cells = [round_row(temperature=t, num_draft_tokens=k) for t in (0.0, 1.0) for k in (1, 2, 3)]
     run.write_rounds(cells)
     new = [replace(cells[0], accepted=0), replace(cells[5], accepted=1)]
     run.write_rounds(new)
     assert run.read_rounds() == [*cells[1:5], *new]
+
+
+def test_rounds_of_another_version_are_refused_by_name(run):
+    run.write_rounds([round_row()])
+    path = run.path / "rounds.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["sharpness"]), path)
+    with pytest.raises(
+        ValueError, match=r"rounds\.parquet: expected the columns of a RoundRow; missing \['sharpness'\]"
+    ):
+        run.read_rounds()
 
 
 # --- results.csv
@@ -352,8 +366,8 @@ def test_results_columns(tmp_path):
     header, first, second = path.read_text().splitlines()
     assert header == (
         "run,commit,code_hash,draft,loss,loss_args,target,data_fingerprint,seed,supervised_tokens,steps,benchmark,"
-        "temperature,num_draft_tokens,engine,tau,low,high,alpha_1,alpha_2,alpha_3,tau_whole_rounds,walk_tau,walk_over_k,"
-        "tokens_per_second,speedup,num_prompts,eta,eta_source,protocol"
+        "temperature,num_draft_tokens,engine,sharpness,tau,low,high,alpha_1,alpha_2,alpha_3,tau_whole_rounds,walk_tau,"
+        "walk_over_k,tokens_per_second,speedup,num_prompts,eta,eta_source,protocol"
     )
     assert ",1.3333333333333333,1.2,1.4,0.3,0.03333333333333333,,,,[],,,5,,," in first
     assert ",0.5,0.25,0.125," in second
@@ -370,9 +384,10 @@ def test_results_with_the_same_key_are_replaced_in_place(run):
     run.write_results([first, second])
     respelled = replace(first, tau=9.0, protocol='{"max_new_tokens":32,"top_p":1.0}')
     other_protocol = replace(first, protocol='{"max_new_tokens": 64, "top_p": 1.0}')
-    untrained = replace(first, steps=0)
-    run.write_results(row for row in [respelled, other_protocol, untrained])
-    assert run.read_results() == [respelled, second, other_protocol, untrained]
+    untrained, sharper = replace(first, steps=0), replace(first, sharpness=1.5)
+    run.write_results(row for row in [respelled, other_protocol, untrained, sharper])
+    assert run.read_results() == [respelled, second, other_protocol, untrained, sharper]
+    assert (first.name, sharper.name) == ("gsm8k/T1/K2", "gsm8k/T1/K2/s1.5")
 
 
 def test_foreign_columns_and_cells_are_named(tmp_path):

@@ -78,20 +78,19 @@ def test_rows_hold_the_walk_of_each_conversation_at_every_depth(batch):
         assert row.key == text_key(batch.tokens[b, slots])
 
 
-def test_added_rows_replace_those_of_the_same_answer_temperature_and_depth(tmp_path):
+def test_added_rows_replace_those_of_the_same_setting(tmp_path):
     run = RunFolder(tmp_path)
-    first = [WalkRow("a", "ab", 1.0, 5, k, 7, 3.0, 2.5, 0.1, 0.2) for k in (1, 2)]
+    first = [WalkRow("a", "ab", 1.0, 5, k, 1.0, 7, 3.0, 2.5, 0.1, 0.2) for k in (1, 2)]
     run.add_walk(first)
-    run.add_walk([replace(first[1], alpha=4.0), replace(first[1], temperature=0.5), replace(first[0], key="cd")])
+    new = [replace(first[1], **change) for change in ({"temperature": 0.5}, {"key": "cd"}, {"sharpness": 2.0})]
+    run.add_walk([replace(first[1], alpha=4.0), *new])
     table = run.read_walk_table()
     assert table is not None
-    assert [WalkRow(**row) for row in table.to_pylist()] == [
-        first[0], replace(first[1], alpha=4.0), replace(first[1], temperature=0.5), replace(first[0], key="cd"),
-    ]  # fmt: skip
+    assert [WalkRow(**row) for row in table.to_pylist()] == [first[0], replace(first[1], alpha=4.0), *new]
 
 
 def test_rows_come_back_from_the_file(tmp_path):
-    rows = [WalkRow("ü", "ab", 1.0, 5, k, 7, 1 / 3, 2.5, 0.1, 0.2) for k in (1, 2)]
+    rows = [WalkRow("ü", "ab", 1.0, 5, k, 1.0, 7, 1 / 3, 2.5, 0.1, 0.2) for k in (1, 2)]
     write_walk_rows(tmp_path / "walk.parquet", rows)
     assert [WalkRow(**row) for row in read_walk_table(tmp_path / "walk.parquet").to_pylist()] == rows
     write_walk_rows(tmp_path / "walk.parquet", rows[:1])

@@ -187,6 +187,8 @@ PAIRS = {
     "top-p-same": ChainPair(3, FULL4, Sampling(top_p=0.7, draft_filter="same"), 11),
     "both-truncated": ChainPair(3, SOME5, Sampling(temperature=1.3, top_k=4, top_p=0.8), 12),
     "both-truncated-same": ChainPair(2, SOME5, Sampling(top_k=2, top_p=0.8, draft_filter="same"), 13),
+    "sharpened": ChainPair(3, FULL4, Sampling(temperature=0.8, sharpness=2.5), 18),
+    "flattened-truncated": ChainPair(2, SOME5, Sampling(sharpness=0.5), 19),
     "q-with-zeros": ChainPair(3, FULL4, Sampling(), 14, ruled_out=True),
     "p-equals-q": ChainPair(2, FULL5, Sampling(), 15, draft_is_target=True),
     "p-equals-q-filtered": ChainPair(3, FULL4, Sampling(top_k=2), 16, draft_is_target=True),

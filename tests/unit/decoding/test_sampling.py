@@ -112,6 +112,18 @@ def test_draft_filter() -> None:
     assert not both.is_greedy
 
 
+@pytest.mark.parametrize("name", ["same", "none"])
+def test_sharpness_raises_q_to_a_power_and_leaves_p(name: str) -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    plain = Sampling(temperature=0.5, top_k=3, draft_filter=name)
+    sharp = Sampling(temperature=0.5, top_k=3, draft_filter=name, sharpness=1.75)
+    powers = plain.draft_probs(logits) ** 1.75
+    np.testing.assert_allclose(sharp.draft_probs(logits), powers / powers.sum(), atol=1e-13)
+    assert torch.equal(sharp.target_probs(logits), plain.target_probs(logits))
+    greedy = Sampling(temperature=0.0, draft_filter=name, sharpness=1.75)
+    assert greedy.draft_probs(logits).tolist() == [1, 0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
@@ -122,6 +134,8 @@ def test_draft_filter() -> None:
         ({"top_p": 1.01}, "top_p"),
         ({"top_p": float("nan")}, "top_p"),
         ({"draft_filter": "all"}, "draft_filter"),
+        ({"sharpness": 0.0}, "sharpness"),
+        ({"sharpness": float("inf")}, "sharpness"),
     ],
 )
 def test_values_out_of_range(arguments: dict[str, object], name: str) -> None:

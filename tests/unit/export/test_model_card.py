@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ ROW = ResultRow(
     temperature=1.0,
     num_draft_tokens=3,
     engine="lkspec",
+    sharpness=1.0,
     tau=2.3456,
     low=2.3011,
     high=2.4022,
@@ -124,7 +126,16 @@ def test_a_sharpened_draft_tells_only_what_sharpness_leaves(tiny_target: TinyTar
     assert "**2.679**" in results
     assert "**2.346**" not in results
     sampled = card(tiny_target, replace(FACTS, rows=[ROW], sharpness=1.75))
-    assert "Not measured: its heads were multiplied only now" in section(sampled, "Acceptance length")
+    assert "Not measured: `lkspec evaluate` with sharpness=1.75 had not been run" in section(
+        sampled, "Acceptance length"
+    )
+
+
+def test_a_sharpened_draft_tells_what_was_measured_with_that_sharpness(tiny_target: TinyTarget) -> None:
+    rows = [ROW, replace(ROW, sharpness=1.5, tau=2.511), replace(ROW, sharpness=1.75, tau=2.522)]
+    for sharpness, told in ((1.0, "2.346"), (1.5, "2.511"), (1.75, "2.522")):
+        results = section(card(tiny_target, replace(FACTS, rows=rows, sharpness=sharpness)), "Acceptance length")
+        assert re.findall(r"\*\*(.*?)\*\*", results) == [told]
 
 
 def test_no_path_of_the_machine(tiny_target: TinyTarget, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 import pytest
-from report_runs import make_run, make_study, measure, walk_held_out
+from report_runs import decoded, make_run, make_study, measure, walk_held_out
 
 from lkspec.metrics import paired_difference_interval
 from lkspec.reporting.counts import find_runs, frame, read_series, results_frame
@@ -173,6 +173,38 @@ def test_the_walk_takes_the_largest_k_unless_told(study):
     every = build_table(study, Layout(value="walk", columns=["temperature", "num_draft_tokens"]))
     assert cell(largest, "mlp kl", "1").estimate == cell(every, "mlp kl", "1 3").estimate
     assert any("16" in sentence and "K = 3" in sentence for sentence in largest.caption)
+
+
+def test_q_is_as_trained_unless_told(study):
+    for run in study:
+        walk_held_out(run, temperatures=(1.0,), gain=0.2, sharpness=1.5)
+        if run.config["seed"] < 2:
+            row, rounds = decoded(run, gain=0.2, sharpness=1.5)
+            run.write_results([row])
+            run.write_rounds(rounds)
+    for value in ("walk", "tau"):
+        where = {"temperature": 1, "benchmark": "held_out" if value == "walk" else "mini_chat"}
+        plain = build_table(study, Layout(value=value, columns=["temperature"], where=where))
+        layout = Layout(
+            rows=["draft", "loss", "sharpness"], columns=["temperature"], value=value, where=where,
+            baseline={"sharpness": 1},
+        )  # fmt: skip
+        table = build_table(study, layout)
+        assert cell(table, "mlp kl 1", "1").estimate == cell(plain, "mlp kl", "1").estimate
+        sharper = cell(table, "mlp kl 1.5", "1")
+        assert sharper.gain.value > 0.1
+        assert sharper.gain.num_seeds == (3 if value == "walk" else 2)
+
+
+def test_a_missing_sharpness_shows_the_command_that_walks_it(tmp_path):
+    for loss in ("kl", "tv"):
+        walk_held_out(make_run(tmp_path, loss=loss))
+    walk_held_out(find_runs(str(tmp_path / "*kl*"))[0], temperatures=(1.0,), sharpness=1.5)
+    layout = Layout(rows=["loss"], columns=["sharpness", "temperature"], value="walk")
+    table = build_table(find_runs(str(tmp_path / "*")), layout)
+    (run,) = find_runs(str(tmp_path / "*tv*"))
+    assert table.commands == (f"lkspec evaluate run={run.path} answers=held_out 'sharpness=[1.5]'",)
+    assert cell(table, "tv", "1.5 1").missing == (1,)
 
 
 def test_any_key_of_the_configuration_tells_rows_apart(tmp_path):

@@ -1,0 +1,144 @@
+"""``lkspec evaluate answers=...``: a run's walk along answers that are there; nothing is decoded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lkspec.acceptance import walk_answers
+from lkspec.assemble import PRETRAINED_KEY, TrainedRun
+from lkspec.config import instantiate
+from lkspec.data.capture_format import MANIFEST
+from lkspec.data.captured import CapturedStates
+from lkspec.data.chat import Encoded
+from lkspec.data.dataset import EncodedStore
+from lkspec.data.tokenised import read_tokenised
+from lkspec.metrics import paired_difference_interval
+from lkspec.types import Batch, TargetStates, check_sharpness
+from lkspec.walk_rows import WalkRow
+
+OWN = "held_out"  # in place of a file: the answers that a run was validated on
+
+
+def walk_run(run: TrainedRun, answers: Sequence[str], sharpness: Sequence[float], console: Console) -> None:
+    """Walks along answers with q^s for each s, adds the rows to the run's and shows tau.
+
+    Args:
+        run: draft and target.
+        answers: files that say at which temperature the target wrote each answer, or ``held_out``.
+        sharpness: the s.
+        console: where tables go.
+
+    Raises:
+        ValueError: no s or one that is no exponent; no answers, or ones of unknown temperature.
+    """
+    if not sharpness:
+        raise ValueError("sharpness: expected a number or several, got none")
+    for power in sharpness:
+        check_sharpness(power)
+    held_out = OWN in answers
+    store = EncodedStore()
+    for path in answers:
+        for one in _own(run) if path == OWN else _read(path, run):
+            store.append(one)
+    states = _states(run, console) if held_out else run.target.states
+    depths = run.draft.num_depths
+    rows = walk_answers(
+        run.target, run.draft, store, states=states, num_draft_tokens=depths, steps=run.step, sharpness=sharpness
+    )
+    run.folder.add_walk(rows)
+    if list(sharpness) == [1.0]:
+        _show_run(run, console)
+    else:
+        _show_sharpness(rows, depths, console)
+
+
+def _read(path: str, run: TrainedRun) -> list[Encoded]:
+    target = run.target
+    read = read_tokenised(path, target.tokenizer, max_length=target.max_positions, eos_ids=target.eos_ids)
+    answers = list(map(read.store.__getitem__, range(len(read.store))))
+    if unknown := next((one for one in answers if one.temperature is None), None):
+        raise ValueError(
+            f"answers={path}: {unknown.id!r} does not say at which temperature the target wrote it; `lkspec generate` "
+            "writes the field temperature into every row"
+        )
+    return answers
+
+
+def _own(run: TrainedRun) -> list[Encoded]:
+    """The conversations that a run was validated on, those of known temperature: validation walks no others."""
+    if PRETRAINED_KEY in run.config:
+        raise ValueError(f"answers={OWN}: {run.folder.name} was not trained here and has none; name a file")
+    data = instantiate(run.config.data)
+    data.bind(run.target.tokenizer, eos_ids=run.target.eos_ids, max_positions=run.target.max_positions)
+    data.setup()
+    everything = data.validation_set
+    known = [one for one in map(everything.__getitem__, range(len(everything))) if one.temperature is not None]
+    if not known:
+        raise ValueError(f"answers={OWN}: {run.folder.name} was validated on none of known temperature; name a file")
+    return known
+
+
+def _states(run: TrainedRun, console: Console) -> Callable[[Batch], TargetStates]:
+    """A run's capture where it has one that is still there, else the target, for the states of its own answers."""
+    folder = run.config.get("states_dir")
+    if folder is None:
+        return run.target.states
+    if not (Path(folder) / MANIFEST).is_file():
+        console.print(f"{folder} is not there: the target reads the answers again", soft_wrap=True, highlight=False)
+        return run.target.states
+    return CapturedStates(Path(folder), run.target)
+
+
+def _show_run(run: TrainedRun, console: Console) -> None:
+    """All of a run's walk."""
+    from lkspec.reporting.layout import Layout  # pandas and all: decoding can do without
+    from lkspec.reporting.renderers import terminal
+    from lkspec.reporting.tables import build_table
+
+    layout = Layout(rows=["draft", "objective"], columns=["temperature"], value="walk")
+    terminal.show(build_table([run.folder], layout), console)
+
+
+def _show_sharpness(rows: Sequence[WalkRow], num_draft_tokens: int, console: Console) -> None:
+    """tau by sharpness and temperature, and what it gains over q as trained, bold where the interval excludes 0."""
+    counts: dict[tuple[float, float], dict[str, tuple[float, float]]] = {}
+    for row in rows:
+        if row.depth == num_draft_tokens:
+            counts.setdefault((row.temperature, row.sharpness), {})[row.key] = (row.accepted, row.rounds)
+    temperatures, powers = ({key[place]: None for key in sorted(counts)} for place in (0, 1))
+    table = Table()
+    table.add_column("s", justify="right")
+    for temperature in temperatures:
+        table.add_column(f"T = {temperature:g}", justify="right")
+    for power in sorted(powers):
+        table.add_row(f"{power:g}", *(_cell(counts, temperature, power) for temperature in temperatures))
+    console.print(f"walk with q^s, renormalised, in place of q, K = {num_draft_tokens}", highlight=False)
+    console.print(table)
+    console.print(
+        "`lkspec report value=walk rows=[draft,objective,sharpness]` joins runs; "
+        "`lkspec export sharpness=s` writes such a draft",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _cell(
+    counts: dict[tuple[float, float], dict[str, tuple[float, float]]], temperature: float, sharpness: float
+) -> str:
+    here, plain = counts.get((temperature, sharpness)), counts.get((temperature, 1.0))
+    if here is None:
+        return "as 1" if temperature == 0 else "-"
+    rounds = sum(number for _, number in here.values())
+    tau = f"{1 + sum(accepted for accepted, _ in here.values()) / rounds:.3f}" if rounds > 0 else "-"
+    if plain is None or sharpness == 1:
+        return tau
+    gain, low, high = paired_difference_interval(here, plain, confidence=0.95)
+    if math.isnan(low):
+        return f"{tau} {gain:+.3f}"
+    told = f"{gain:+.3f}" if low <= 0 <= high else f"[bold]{gain:+.3f}[/bold]"
+    return f"{tau} {told} ({low:+.3f} to {high:+.3f})"
