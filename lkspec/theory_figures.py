@@ -1,4 +1,4 @@
-"""Pictures of ``lkspec.theory``."""
+"""Pictures of ``lkspec.theory`` and ``lkspec.theory_contexts``."""
 
 from __future__ import annotations
 
@@ -64,6 +64,23 @@ def gradient_norms_figure(norms: Mapping[str, Float[Tensor, " sizes"]], sizes: S
             axes.plot(sizes, values, color=line_colour(index), marker=line_marker(index), label=name)
         axes.set(xscale="log", yscale="log", xlabel="vocabulary size", ylabel="norm of the gradient in the logits")
         figure.legend(loc="outside right upper")
+    return figure
+
+
+def shared_drafts_figure(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> Figure:
+    """What drafts that share q between contexts gain in alpha, over the alpha of KL's; a panel a kind of target."""
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+        figure = Figure(figsize=(WIDTH_INCHES, 3.6), dpi=DPI, layout="constrained")
+        for axes, (title, lines) in zip(
+            figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
+        ):
+            for index, (name, points) in enumerate(lines.items()):
+                look = {"color": line_colour(index), "marker": line_marker(index)}
+                axes.plot(*zip(*points, strict=True), label=name, linestyle="--" if name == "best q" else "-", **look)
+            axes.set(title=title, xlabel="alpha of kl's draft")
+        figure.axes[0].set_ylabel("gain in alpha over kl's draft")
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names))
     return figure
 
 

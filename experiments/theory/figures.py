@@ -1,4 +1,4 @@
-"""The paper's Figure 2 and the gradients of its appendix A.5, computed with the objectives that training uses.
+"""The paper's Figure 2 and the gradients of its appendix A.5, and one q for many contexts, with training's objectives.
 
 python experiments/theory/figures.py
 """
@@ -12,9 +12,11 @@ import torch
 from lkspec.figure_style import save
 from lkspec.losses.objectives import KL, TV, LKAlpha, LKLambda, Objective, ReverseKL
 from lkspec.theory import fit_gaussian, gradient_norms, landscape
-from lkspec.theory_figures import fits_figure, gradient_norms_figure, landscapes_figure
+from lkspec.theory_contexts import best_draft, shared_draft, sharpening, zipf_contexts
+from lkspec.theory_figures import fits_figure, gradient_norms_figure, landscapes_figure, shared_drafts_figure
 
 FOLDER = Path(__file__).parent
+SHARPNESS = [1 + step / 20 for step in range(41)]
 
 
 def main() -> None:
@@ -39,6 +41,29 @@ def main() -> None:
     print(f"{'V':>8} " + " ".join(f"{name:>24}" for name in norms))
     for index, size in enumerate(sizes):
         print(f"{size:>8,} " + " ".join(f"{float(values[index]):>24.3g}" for values in norms.values()))
+
+    panels = {}
+    for title, concentration in (("sure contexts (1.3 nats)", 2.0), ("unsure ones (2.3 nats)", 8.0)):
+        print(f"\n{title}: alpha of one q for n of them, as fitted and (at the best sharpness)")
+        panels[title] = shared_drafts(concentration)
+    save(shared_drafts_figure(panels), FOLDER / "shared_drafts.png")
+
+
+def shared_drafts(concentration: float) -> dict[str, list[tuple[float, float]]]:
+    """The lines of a panel: (alpha of kl's draft, what others gain over it), a point a number of contexts."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for num_contexts in (2, 3, 4, 6, 8, 16, 64):
+        targets = zipf_contexts(max(10, 640 // num_contexts), num_contexts, 128, concentration=concentration)
+        drafts = {o.describe(): shared_draft(o, targets) for o in (LKAlpha(), LKLambda(3.0), LKLambda(10.0))}
+        drafts = {"kl": targets.mean(1), **drafts, "best q": best_draft(targets)}
+        found = {name: sharpening(targets, draft, SHARPNESS) for name, draft in drafts.items()}
+        told = [f"{name} {f.alpha:.3f} ({f.sharpness:.2f}: {f.sharpened:.3f})" for name, f in found.items()]
+        print(f"{num_contexts:>3}  " + "  ".join(told))
+        plain = found.pop("kl")
+        lines.setdefault("kl, sharpened", []).append((plain.alpha, plain.sharpened - plain.alpha))
+        for name, one in found.items():
+            lines.setdefault(name, []).append((plain.alpha, one.alpha - plain.alpha))
+    return lines
 
 
 if __name__ == "__main__":
