@@ -9,7 +9,7 @@ MODEL := $(VENV)/.model
 export LKSPEC_DATA
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve-env quickstart captured duel tables figures notebooks bench test test-fast test-serve lint format clean
+.PHONY: help install serve-env quickstart captured duel tables sharpness figures notebooks bench test test-fast test-serve lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,6 +73,16 @@ tables: $(INSTALLED) ## prints the tables of the ablations, from runs/ablation (
 	$(TABLE) value=alpha columns=[depth] +where.temperature=1
 	$(TABLE) value=walk columns=[temperature,num_draft_tokens] format=csv out=$(OUT)/results.csv
 	$(TABLE) value=alpha columns=[temperature,depth] format=csv out=$(OUT)/alpha.csv
+
+SHARPNESS ?= 1,1.25,1.5,1.75,2
+SHARPER = $(REPORT) value=walk rows=[objective] columns=[draft,sharpness] +where.temperature=1
+sharpness: $(INSTALLED) ## how sharp to serve the drafts of runs/ablation: tau at T = 1 with q^s (SHARPNESS, RUNS, OUT)
+	for run in $(patsubst %/metrics.json,%,$(wildcard $(RUNS)/metrics.json)); do \
+	$(BIN)/lkspec evaluate run=$$run answers=held_out 'sharpness=[$(SHARPNESS)]' || exit 1; done
+	$(SHARPER)
+	$(SHARPER) rows=[draft,objective,sharpness] columns=[temperature] 'baseline={sharpness:1}'
+	$(SHARPER) format=csv out=$(OUT)/sharpness.csv
+	$(SHARPER) format=png "title='acceptance length, T = 1'" out=$(OUT)/sharpness.png
 
 figures: $(INSTALLED) ## figures of the paper: the exact ones, and tau over K from runs/ablation (RUNS, OUT as above)
 	$(BIN)/python experiments/theory/figures.py

@@ -1,8 +1,8 @@
 """A draft that cannot tell n contexts apart proposes from one q in all of them: which q gets most accepted?
 
 KL is least for the mean of the n targets. Their mean acceptance rate, which TV is one minus, is largest for a common
-quantile instead: q_v is what p_v exceeds in a share c of the contexts, with one c for all tokens, such that q adds up to
-one. A token that matters in fewer of them gets nothing, so that this q is sharper than the mean. How much of the
+quantile instead: q_v is what p_v exceeds in a share c of the contexts, with one c for all tokens, such that q adds up
+to one. A token that matters in fewer of them gets nothing, so that this q is sharper than the mean. How much of the
 difference does the mean get back when it is served sharpened, q^s? Groups [G, n, V] stand for many such drafts.
 """
 
