@@ -65,24 +65,26 @@ duel: $(CAPTURED)/manifest.json ## LOSS=mine [BASE=kl DRAFT=mlp SEEDS=0,1]: does
 RUNS ?= runs/ablation/*
 OUT ?= experiments/ablations
 WHERE ?= draft.num_depths=4 vocab.size=4096 loss_options.gamma=0.8 draft.head_init=random draft.inner_dim=null
-REPORT = $(BIN)/lkspec report runs='$(RUNS)' baseline=kl $(addprefix +where.,$(WHERE))
-TABLE = $(REPORT) rows=[draft,objective]
-PICTURE = $(REPORT) rows=[objective] +where.temperature=1 format=png
+K ?= 4
+REPORT = $(BIN)/lkspec report runs='$(RUNS)' $(addprefix +where.,$(WHERE))
+TABLE = $(REPORT) baseline=kl rows=[draft,objective]
+PICTURE = $(REPORT) baseline=kl rows=[objective] +where.temperature=1 format=png
 tables: $(INSTALLED) ## prints the tables of the ablations, from runs/ablation (RUNS='...' OUT=... for others)
-	$(TABLE) value=walk columns=[temperature]
+	$(TABLE) value=walk columns=[temperature] +where.num_draft_tokens=$(K)
 	$(TABLE) value=alpha columns=[depth] +where.temperature=1
 	$(TABLE) value=walk columns=[temperature,num_draft_tokens] format=csv out=$(OUT)/results.csv
 	$(TABLE) value=alpha columns=[temperature,depth] format=csv out=$(OUT)/alpha.csv
 
 SHARPNESS ?= 1,1.25,1.5,1.75,2
-SHARPER = $(REPORT) value=walk rows=[objective] columns=[draft,sharpness] +where.temperature=1
+SHARPER = $(REPORT) value=walk +where.temperature=1 +where.num_draft_tokens=$(K)
+BY_DRAFT = baseline=kl rows=[objective] columns=[draft,sharpness]
 sharpness: $(INSTALLED) ## how sharp to serve the drafts of runs/ablation: tau at T = 1 with q^s (SHARPNESS, RUNS, OUT)
 	for run in $(patsubst %/metrics.json,%,$(wildcard $(RUNS)/metrics.json)); do \
 	$(BIN)/lkspec evaluate run=$$run answers=held_out 'sharpness=[$(SHARPNESS)]' || exit 1; done
-	$(SHARPER)
 	$(SHARPER) rows=[draft,objective,sharpness] columns=[temperature] 'baseline={sharpness:1}'
-	$(SHARPER) format=csv out=$(OUT)/sharpness.csv
-	$(SHARPER) format=png "title='acceptance length, T = 1'" out=$(OUT)/sharpness.png
+	$(SHARPER) $(BY_DRAFT)
+	$(SHARPER) $(BY_DRAFT) format=csv out=$(OUT)/sharpness.csv
+	$(SHARPER) $(BY_DRAFT) format=png "title='acceptance length, T = 1'" out=$(OUT)/sharpness.png
 
 figures: $(INSTALLED) ## figures of the paper: the exact ones, and tau over K from runs/ablation (RUNS, OUT as above)
 	$(BIN)/python experiments/theory/figures.py

@@ -52,8 +52,13 @@ def _walk(config: DictConfig) -> None:
     if config.get("engine") is not None or config.get("throughput") is not None:
         raise ValueError("answers are walked along without any engine: leave out engine and throughput")
     options = resolved(config)
-    sharpness = [float(power) for power in listed(options["sharpness"])]
-    walk_run(open_run(config), listed(options["answers"]), sharpness, console)
+    walk_run(
+        open_run(config),
+        listed(options["answers"]),
+        num_draft_tokens=max(listed(options["num_draft_tokens"])),
+        sharpness=[float(power) for power in listed(options["sharpness"])],
+        console=console,
+    )
 
 
 def _refuse_sharpness(config: DictConfig) -> None:

@@ -24,12 +24,21 @@ from lkspec.walk_rows import WalkRow
 OWN = "held_out"  # in place of a file: the answers that a run was validated on
 
 
-def walk_run(run: TrainedRun, answers: Sequence[str], sharpness: Sequence[float], console: Console) -> None:
+def walk_run(
+    run: TrainedRun,
+    answers: Sequence[str],
+    *,
+    num_draft_tokens: int,
+    sharpness: Sequence[float],
+    console: Console,
+) -> None:
     """Walks along answers with q^s for each s, adds the rows to the run's and shows tau.
 
     Args:
         run: draft and target.
         answers: files that say at which temperature the target wrote each answer, or ``held_out``.
+        num_draft_tokens: the largest K for a draft that shares its weights over depths; others are walked as deep as
+            they have heads, and none less deep than it was trained.
         sharpness: the s.
         console: where tables go.
 
@@ -47,6 +56,8 @@ def walk_run(run: TrainedRun, answers: Sequence[str], sharpness: Sequence[float]
             store.append(one)
     states = _states(run, console) if held_out else run.target.states
     depths = run.draft.num_depths
+    if run.draft.max_depths is None:
+        depths = max(depths, num_draft_tokens)
     rows = walk_answers(
         run.target, run.draft, store, states=states, num_draft_tokens=depths, steps=run.step, sharpness=sharpness
     )

@@ -106,6 +106,20 @@ def test_the_held_out_answers_of_a_run_are_walked_with_its_captured_states(lkspe
     assert "captured is not there: the target reads the answers again" in outcome.out
 
 
+def test_a_draft_that_shares_its_weights_is_walked_deeper_than_trained(lkspec_cli, tmp_path):
+    answers = write(tmp_path / "answers.jsonl", [1.0, 1.0])
+    for draft, deepest in (("eagle3", 5), ("medusa", 2)):
+        run = trained(lkspec_cli, draft, f"data.validation={answers}", f"draft={draft}")
+        validated = walk_of(run)
+        overrides = (f"run_root={draft}", "run=latest", f"answers={answers}", "num_draft_tokens=[1,5]")
+        assert lkspec_cli("evaluate", *overrides).code == 0
+        walked = walk_of(run)
+        assert sorted(set(walked.depth)) == list(range(1, deepest + 1))
+        assert all((walked[walked.depth == 1].rounds.to_numpy() > 0).tolist())
+        shallow = walked[walked.depth <= 2].drop(columns="at_least").reset_index(drop=True)
+        pd.testing.assert_frame_equal(shallow, validated.drop(columns="at_least"), check_exact=False, rtol=1e-5)
+
+
 def test_decoding_with_sharpness_is_that_of_a_sharpened_export(lkspec_cli, tmp_path):
     run = trained(lkspec_cli, "runs", "optimizer.lr=3e-2")
     measured = (*BRIEF_EVALUATION, "temperatures=[0,1]", "num_draft_tokens=2")
