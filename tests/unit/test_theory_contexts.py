@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lkspec.losses.objectives import KL, TV, LKAlpha, LKLambda, Objective
 from lkspec.theory_contexts import acceptance, best_draft, shared_draft, sharpening, zipf_contexts
+from lkspec.theory_figures import shared_drafts_figure
 
 GRID = [1 + step / 20 for step in range(41)]
 
@@ -81,3 +82,13 @@ def test_targets_are_distributions_and_the_same_for_a_seed() -> None:
     assert torch.allclose(targets.sum(-1), torch.ones(6, 3, dtype=torch.float64))
     assert torch.equal(targets, contexts(3))
     assert not torch.equal(targets, contexts(3, seed=1))
+
+
+def test_the_picture_has_a_panel_a_kind_of_target_and_a_line_a_draft() -> None:
+    lines = {"kl, sharpened": [(0.5, 0.0), (0.3, 0.02)], "best q": [(0.5, 0.0), (0.3, 0.05)]}
+    figure = shared_drafts_figure({"sure": lines, "unsure": lines})
+    assert [axes.get_title() for axes in figure.axes] == ["sure", "unsure"]
+    for axes in figure.axes:
+        drawn = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+        assert drawn == lines
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(lines)
