@@ -20,8 +20,8 @@ from lkspec.losses.objectives import Objective
 from lkspec.types import TokenStats
 from lkspec.vocab import DraftVocab
 
-_NUM_STEPS = 1000
-_LEARNING_RATE = 0.05
+_NUM_STEPS = 200
+_LEARNING_RATE = 0.2
 _FLOOR = 1e-12  # of a probability whose logarithm is a logit
 
 

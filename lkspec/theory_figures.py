@@ -80,7 +80,7 @@ def shared_drafts_figure(panels: Mapping[str, Mapping[str, Sequence[tuple[float,
             axes.set(title=title, xlabel="alpha of kl's draft")
         figure.axes[0].set_ylabel("gain in alpha over kl's draft")
         handles, names = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+        figure.legend(handles, names, loc="outside lower center", ncols=3)
     return figure
 
 
