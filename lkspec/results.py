@@ -356,12 +356,14 @@ def list_runs(root: Path) -> list[RunFolder]:
 def find_run(name: str, root: Path) -> RunFolder:
     """The run that a user means by ``latest``, by a path, or by the beginning of a folder's name.
 
+    The latest is the newest but for those that failed before they had a checkpoint or a result.
+
     Raises:
         ValueError: nothing or more than one run fits; the message lists what there is.
     """
     runs = list_runs(root)
     if name == "latest" and runs:
-        return runs[0]
+        return next((run for run in runs if run.has_results or not run.has_failed), runs[0])
     if (Path(name).expanduser() / "config.yaml").is_file():
         return RunFolder.open(Path(name).expanduser())
     if not runs:

@@ -49,6 +49,7 @@ def walk_run(
         raise ValueError("sharpness: expected a number or several, got none")
     for power in sharpness:
         check_sharpness(power)
+    run.folder.read_walk_table()  # refuses a file that rows cannot be added to before minutes are spent
     held_out = OWN in answers
     store = EncodedStore()
     for path in answers:

@@ -457,6 +457,17 @@ def test_latest_is_the_newest_by_its_record(runs_root):
     assert [run.name[-8:] for run in list_runs(runs_root)] == ["22222222", "11111111", "33333333"]
 
 
+def test_latest_is_none_that_failed_before_it_had_anything(runs_root):
+    newest, *others = list_runs(runs_root)
+    newest.write_failure("no such file")
+    assert find_run("latest", runs_root) == others[0]
+    (newest.checkpoints_dir / "step=5.ckpt").write_bytes(b"")
+    assert find_run("latest", runs_root) == newest, "it can be resumed"
+    for run in others:
+        run.write_failure("no such file")
+    assert find_run("latest", runs_root) == newest
+
+
 def test_order_of_creation_is_recorded(tmp_path):
     for name in "cab":
         RunFolder.create(tmp_path, name, config={}, overrides=[])
