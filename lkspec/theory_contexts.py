@@ -40,6 +40,11 @@ def acceptance(targets: Float[Tensor, "G n V"], drafts: Float[Tensor, "G V"]) ->
     return torch.minimum(targets, drafts[:, None]).sum(-1).mean(-1)
 
 
+def agreement(targets: Float[Tensor, "G n V"], drafts: Float[Tensor, "G V"]) -> Float[Tensor, " G"]:
+    """Share of the contexts whose most probable token is the draft's: what greedy decoding accepts."""
+    return (targets.argmax(-1) == drafts.argmax(-1)[:, None]).double().mean(-1)
+
+
 def best_draft(targets: Float[Tensor, "G n V"]) -> Float[Tensor, "G V"]:
     """The q of largest acceptance, exactly.
 

@@ -12,7 +12,7 @@ import torch
 from lkspec.figure_style import save
 from lkspec.losses.objectives import KL, TV, LKAlpha, LKLambda, Objective, ReverseKL
 from lkspec.theory import fit_gaussian, gradient_norms, landscape
-from lkspec.theory_contexts import best_draft, shared_draft, sharpening, zipf_contexts
+from lkspec.theory_contexts import agreement, best_draft, shared_draft, sharpening, zipf_contexts
 from lkspec.theory_figures import fits_figure, gradient_norms_figure, landscapes_figure, shared_drafts_figure
 
 FOLDER = Path(__file__).parent
@@ -44,7 +44,7 @@ def main() -> None:
 
     panels = {}
     for title, concentration in (("sure contexts (1.3 nats)", 2.0), ("unsure ones (2.3 nats)", 8.0)):
-        print(f"\n{title}: alpha of one q for n of them, as fitted and (at the best sharpness)")
+        print(f"\n{title}: alpha of one q for n of them, (at the best sharpness), same first choice")
         panels[title] = shared_drafts(concentration)
     save(shared_drafts_figure(panels), FOLDER / "shared_drafts.png")
 
@@ -57,7 +57,8 @@ def shared_drafts(concentration: float) -> dict[str, list[tuple[float, float]]]:
         drafts = {o.describe(): shared_draft(o, targets) for o in (LKAlpha(), LKLambda(3.0), LKLambda(10.0))}
         drafts = {"kl": targets.mean(1), **drafts, "best q": best_draft(targets)}
         found = {name: sharpening(targets, draft, SHARPNESS) for name, draft in drafts.items()}
-        told = [f"{name} {f.alpha:.3f} ({f.sharpness:.2f}: {f.sharpened:.3f})" for name, f in found.items()]
+        greedy = {name: float(agreement(targets, draft).mean()) for name, draft in drafts.items()}
+        told = [f"{n} {f.alpha:.3f} ({f.sharpness:.2f}: {f.sharpened:.3f}) {greedy[n]:.3f}" for n, f in found.items()]
         print(f"{num_contexts:>3}  " + "  ".join(told))
         plain = found.pop("kl")
         lines.setdefault("kl, sharpened", []).append((plain.alpha, plain.sharpened - plain.alpha))

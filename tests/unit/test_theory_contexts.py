@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lkspec.losses.objectives import KL, TV, LKAlpha, LKLambda, Objective
-from lkspec.theory_contexts import acceptance, best_draft, shared_draft, sharpening, zipf_contexts
+from lkspec.theory_contexts import acceptance, agreement, best_draft, shared_draft, sharpening, zipf_contexts
 from lkspec.theory_figures import shared_drafts_figure
 
 GRID = [1 + step / 20 for step in range(41)]
@@ -75,6 +75,12 @@ def test_lk_objectives_lie_between_kl_and_the_best_and_sharpness_helps_them_less
         assert kl.alpha < found.alpha < best.alpha
         assert 0 < found.sharpened - found.alpha < kl.sharpened - kl.alpha
         assert 1 < found.sharpness < kl.sharpness
+
+
+def test_agreement_counts_contexts_with_the_first_choice_of_the_draft() -> None:
+    targets = torch.tensor([[[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.5, 0.1, 0.4]], [[0.0, 0.0, 1.0]] * 3])
+    drafts = torch.tensor([[0.4, 0.35, 0.25], [0.4, 0.35, 0.25]])
+    assert agreement(targets, drafts).tolist() == pytest.approx([2 / 3, 0.0])
 
 
 def test_targets_are_distributions_and_the_same_for_a_seed() -> None:
