@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +14,6 @@ from lkspec.assemble import PRETRAINED_KEY, TrainedRun
 from lkspec.config import instantiate
 from lkspec.data.capture_format import MANIFEST
 from lkspec.data.captured import CapturedStates
-from lkspec.data.chat import Encoded
 from lkspec.data.dataset import EncodedStore
 from lkspec.data.tokenised import read_tokenised
 from lkspec.metrics import paired_difference_interval
@@ -50,49 +49,48 @@ def walk_run(
     for power in sharpness:
         check_sharpness(power)
     run.folder.read_walk_table()  # refuses a file that rows cannot be added to before minutes are spent
-    held_out = OWN in answers
-    store = EncodedStore()
-    for path in answers:
-        for one in _own(run) if path == OWN else _read(path, run):
-            store.append(one)
-    states = _states(run, console) if held_out else run.target.states
     depths = run.draft.num_depths
     if run.draft.max_depths is None:
         depths = max(depths, num_draft_tokens)
-    rows = walk_answers(
-        run.target, run.draft, store, states=states, num_draft_tokens=depths, steps=run.step, sharpness=sharpness
-    )
+    rows: list[WalkRow] = []
+    for path in answers:
+        read, states = (_own(run), _states(run, console)) if path == OWN else (_read(path, run), run.target.states)
+        rows += walk_answers(
+            run.target, run.draft, read, states=states, num_draft_tokens=depths, steps=run.step, sharpness=sharpness
+        )
     run.folder.add_walk(rows)
     if list(sharpness) == [1.0]:
         _show_run(run, console)
     else:
-        _show_sharpness(rows, depths, console)
+        _show_sharpness(run, {row.key for row in rows}, depths, console)
 
 
-def _read(path: str, run: TrainedRun) -> list[Encoded]:
+def _read(path: str, run: TrainedRun) -> EncodedStore:
     target = run.target
-    read = read_tokenised(path, target.tokenizer, max_length=target.max_positions, eos_ids=target.eos_ids)
-    answers = list(map(read.store.__getitem__, range(len(read.store))))
-    if unknown := next((one for one in answers if one.temperature is None), None):
+    store = read_tokenised(path, target.tokenizer, max_length=target.max_positions, eos_ids=target.eos_ids).store
+    unknown = [name for name, temperature in zip(store.ids, store.temperatures, strict=True) if temperature is None]
+    if unknown:
         raise ValueError(
-            f"answers={path}: {unknown.id!r} does not say at which temperature the target wrote it; `lkspec generate` "
+            f"answers={path}: {unknown[0]!r} does not say at which temperature the target wrote it; `lkspec generate` "
             "writes the field temperature into every row"
         )
-    return answers
+    return store
 
 
-def _own(run: TrainedRun) -> list[Encoded]:
+def _own(run: TrainedRun) -> EncodedStore:
     """The conversations that a run was validated on, those of known temperature: validation walks no others."""
     if PRETRAINED_KEY in run.config:
         raise ValueError(f"answers={OWN}: {run.folder.name} was not trained here and has none; name a file")
     data = instantiate(run.config.data)
     data.bind(run.target.tokenizer, eos_ids=run.target.eos_ids, max_positions=run.target.max_positions)
     data.setup()
-    everything = data.validation_set
-    known = [one for one in map(everything.__getitem__, range(len(everything))) if one.temperature is not None]
-    if not known:
+    store = EncodedStore()
+    for one in map(data.validation_set.__getitem__, range(len(data.validation_set))):
+        if one.temperature is not None:
+            store.append(one)
+    if not len(store):
         raise ValueError(f"answers={OWN}: {run.folder.name} was validated on none of known temperature; name a file")
-    return known
+    return store
 
 
 def _states(run: TrainedRun, console: Console) -> Callable[[Batch], TargetStates]:
@@ -116,24 +114,30 @@ def _show_run(run: TrainedRun, console: Console) -> None:
     terminal.show(build_table([run.folder], layout), console)
 
 
-def _show_sharpness(rows: Sequence[WalkRow], num_draft_tokens: int, console: Console) -> None:
-    """tau by sharpness and temperature, and what it gains over q as trained, bold where the interval excludes 0."""
+def _show_sharpness(run: TrainedRun, keys: Collection[str], num_draft_tokens: int, console: Console) -> None:
+    """tau of some answers by temperature and every sharpness walked so far, and its gain over q as trained.
+
+    Gains are bold where their interval excludes 0.
+    """
     counts: dict[tuple[float, float], dict[str, tuple[float, float]]] = {}
-    for row in rows:
-        if row.depth == num_draft_tokens:
-            counts.setdefault((row.temperature, row.sharpness), {})[row.key] = (row.accepted, row.rounds)
+    table = run.folder.read_walk_table()
+    for row in [] if table is None else table.to_pylist():
+        if row["depth"] == num_draft_tokens and row["key"] in keys:
+            place = counts.setdefault((row["temperature"], row["sharpness"]), {})
+            place[row["key"]] = (row["accepted"], row["rounds"])
     temperatures, powers = ({key[place]: None for key in sorted(counts)} for place in (0, 1))
-    table = Table()
-    table.add_column("s", justify="right")
+    shown = Table()
+    shown.add_column("s", justify="right")
     for temperature in temperatures:
-        table.add_column(f"T = {temperature:g}", justify="right")
+        shown.add_column(f"T = {temperature:g}", justify="right")
     for power in sorted(powers):
-        table.add_row(f"{power:g}", *(_cell(counts, temperature, power) for temperature in temperatures))
+        shown.add_row(f"{power:g}", *(_cell(counts, temperature, power) for temperature in temperatures))
     console.print(f"walk with q^s, renormalised, in place of q, K = {num_draft_tokens}", highlight=False)
-    console.print(table)
+    console.print(shown)
     console.print(
         "`lkspec report value=walk rows=[draft,objective,sharpness]` joins runs; "
         "`lkspec export sharpness=s` writes such a draft",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )

@@ -80,6 +80,9 @@ def test_the_walk_by_sharpness_is_that_of_sharpened_exports(lkspec_cli, tmp_path
         told = shown[f"{sharpness:g}"][int(temperature)].split()[0]
         assert float(told) == pytest.approx(1 + rows.accepted.sum() / rows.rounds.sum(), abs=6e-4)
     assert shown["3"][0].strip() == "as 1"
+    assert "rows=[draft,objective,sharpness]" in outcome.out
+    sharper = lkspec_cli("evaluate", "run=latest", f"answers={answers}", "sharpness=2")
+    assert re.search(r"│ +2 │ +as 1 │ \d\.\d{3} [+-]\d\.\d{3}", sharper.out), "the gain over what was walked before"
 
 
 def test_the_held_out_answers_of_a_run_are_walked_with_its_captured_states(lkspec_cli, tmp_path):
@@ -88,9 +91,12 @@ def test_the_held_out_answers_of_a_run_are_walked_with_its_captured_states(lkspe
     assert lkspec_cli("capture", *data, "out=captured").code == 0
     run = trained(lkspec_cli, "runs", f"data.validation={answers}", "states_dir=captured")
     validated = walk_of(run)
-    outcome = lkspec_cli("evaluate", "run=latest", "answers=held_out", "sharpness=[1,2]")
+    more = write(tmp_path / "more.jsonl", [0.5])
+    outcome = lkspec_cli("evaluate", "run=latest", f"answers=[held_out,{more}]", "sharpness=[1,2]")
     assert outcome.code == 0, outcome.err
     walked = walk_of(run)
+    assert set(walked[walked.temperature == 0.5].sharpness) == {1.0, 2.0}
+    walked = walked[walked.temperature != 0.5]
     again = walked[walked.sharpness == 1].reset_index(drop=True)
     pd.testing.assert_frame_equal(again, validated, check_exact=False, rtol=1e-5)
     assert len(walked) == len(validated) + (validated.temperature == 1).sum()
