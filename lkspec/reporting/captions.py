@@ -24,6 +24,7 @@ _MEANING = {
     "speedup": "speedup: tokens per second over the target alone, batch size 1",
     "tokens_per_second": "tokens_per_second: of decoding, wall time",
 }
+_NAMES = ("draft", "loss", "objective", "target")  # keys whose values say by themselves what they are
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _intervals(layout: Layout, shown: Sequence[Series], table: Table) -> str:
 def _gains(table: Table, layout: Layout) -> Iterable[str]:
     if layout.baseline is None:
         return
-    base = ", ".join(layout.baseline_keys.values())
+    base = ", ".join(text if key in _NAMES else f"{key} {text}" for key, text in layout.baseline_keys.items())
     gains = [cell.gain for row in table.rows if row.source == OURS for cell in row.cells if cell.gain is not None]
     if not gains:
         yield f"No gain over {base} could be paired: the baseline is missing, or has none of the seeds."

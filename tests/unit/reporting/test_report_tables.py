@@ -193,6 +193,7 @@ def test_q_is_as_trained_unless_told(study):
         assert cell(table, "mlp kl 1", "1").estimate == cell(plain, "mlp kl", "1").estimate
         sharper = cell(table, "mlp kl 1.5", "1")
         assert sharper.gain.value > 0.1
+        assert any(line.startswith("Signed: the gain over sharpness 1, ") for line in table.caption)
         assert sharper.gain.num_seeds == (3 if value == "walk" else 2)
 
 
