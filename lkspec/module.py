@@ -74,6 +74,7 @@ class SpeculatorModule(LightningModule):
         self._checkpoint_info = checkpoint_info or {}
         self._validation: dict[str, _ValidationSums] = {}
         self.walk_rows: list[WalkRow] = []  # of the last validation, over all ranks
+        self.validated_step: int | None = None  # optimiser steps taken before it
         self._last_time: float | None = None
         self.num_supervised_seen = 0
 
@@ -204,6 +205,7 @@ class SpeculatorModule(LightningModule):
                 )
 
     def on_validation_epoch_end(self) -> None:
+        self.validated_step = self.global_step
         self.walk_rows = self._gathered([row for total in self._validation.values() for row in total.walked])
         for tag, total in self._validation.items():
             sums = {name: self._summed(value.to(self.device)) for name, value in total.all_sums().items()}

@@ -76,7 +76,17 @@ def _train(run: Opened) -> dict[str, float]:
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     # Lightning's word for "with the optimiser and loop states"; the file itself loads under torch's weights_only=True.
     trainer.save_checkpoint(folder.checkpoints_dir / f"step={trainer.global_step}.ckpt", weights_only=False)
+    _validate_the_end(trainer, module, data)
     return _finish(trainer, folder, suite, module, seconds=None if checkpoint else time.monotonic() - start)
+
+
+def _validate_the_end(trainer: Trainer, module: SpeculatorModule, data: SpeculatorDataModule) -> None:
+    """Validates where training ended, if fit did not: it does not when steps or time run out within an epoch."""
+    if len(data.validation_set) == 0 or trainer.limit_val_batches == 0 or module.validated_step == trainer.global_step:
+        return
+    logged = dict(trainer.logged_metrics)
+    trainer.validate(module, datamodule=data, verbose=False)
+    trainer.logged_metrics.update({key: value for key, value in logged.items() if key not in trainer.logged_metrics})
 
 
 def _target_and_data(config: DictConfig) -> tuple[Target, SpeculatorDataModule]:

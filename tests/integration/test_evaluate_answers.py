@@ -163,3 +163,19 @@ def test_what_cannot_be_walked_is_refused(lkspec_cli, tmp_path):
         outcome = lkspec_cli("evaluate", "run=latest", *overrides)
         assert outcome.code == 2
         assert told in outcome.err
+
+
+@pytest.mark.parametrize(
+    "limits", [("trainer.max_steps=3",), ("trainer.max_epochs=1",)], ids=["in-an-epoch", "at-an-end"]
+)
+def test_a_run_is_validated_where_it_ends(lkspec_cli, tmp_path, limits):
+    answers = write(tmp_path / "answers.jsonl", [0.0, 1.0])
+    run = trained(lkspec_cli, "runs", f"data.validation={answers}", *limits)
+    metrics, walked = run.read_metrics(), walk_of(run)
+    steps = 3 if "trainer.max_steps=3" in limits else 4
+    assert set(walked.steps) == {steps}
+    assert {"val/T1/walk_acceptance_length", "val/T0/alpha/depth_2", "train/loss", "train/alpha/depth_2"} <= set(
+        metrics
+    )
+    assert lkspec_cli("evaluate", "run=latest", "answers=held_out").code == 0
+    pd.testing.assert_frame_equal(walk_of(run), walked, check_exact=False, rtol=1e-5)
