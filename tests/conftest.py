@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests never reach for the network
+# Processes that tests start, and notebooks' kernels, share the cores with other workers: more threads collapse.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

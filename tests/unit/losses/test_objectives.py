@@ -232,7 +232,7 @@ def test_masked_sums():
 def test_config_files_build_objectives(name: str, described: str):
     arguments = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     assert arguments["_target_"].startswith("lkspec.losses.")
-    if name == "lk_lambda":  # eta follows the draft
+    if name in ("lk_lambda", "lk_lambda_per_token"):  # eta follows the draft
         assert arguments["eta"] == "${draft.paper_eta}"
         arguments["eta"] = 3.0
     assert repr(instantiate(arguments)) == described
