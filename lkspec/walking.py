@@ -99,7 +99,8 @@ def _states(run: TrainedRun, console: Console) -> Callable[[Batch], TargetStates
     if folder is None:
         return run.target.states
     if not (Path(folder) / MANIFEST).is_file():
-        console.print(f"{folder} is not there: the target reads the answers again", soft_wrap=True, highlight=False)
+        told = f"{folder} is not there: the target reads the answers again"
+        console.print(told, soft_wrap=True, highlight=False, markup=False)
         return run.target.states
     return CapturedStates(Path(folder), run.target)
 

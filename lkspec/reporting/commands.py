@@ -27,7 +27,7 @@ class Commands:
         self._series = series
         self._evaluations: dict[str, dict[str, list[str]]] = {}
         self._alone: set[str] = set()
-        self._sharpened: dict[str, list[str]] = {}
+        self._sharpened: dict[str, dict[str, None]] = {}  # the walks of a command
         self._numbers: dict[str, int] = {}
         self._trainings: dict[str, str] = {}
 
@@ -56,11 +56,11 @@ class Commands:
         """Walks of finished runs with another sharpness; all others belong to training."""
         if sharpness == "1":
             return ()
-        paths = [str(one.run.path) for one in self._series if one.run.name in runs]
-        for path in paths:
-            powers = self._sharpened.setdefault(path, [])
-            powers += [] if sharpness in powers else [sharpness]
-        return tuple(self._number(f"walk {path}") for path in dict.fromkeys(paths))
+        paths = dict.fromkeys(str(one.run.path) for one in self._series if one.run.name in runs)
+        keys = [shlex.join(["lkspec", "evaluate", f"run={path}", "answers=held_out"]) for path in paths]
+        for key in keys:
+            self._sharpened.setdefault(key, {})[sharpness] = None
+        return tuple(map(self._number, keys))
 
     def _evaluate(self, series: Series, place: Mapping[str, str], measure: str) -> int:
         path = str(series.run.path)
@@ -74,11 +74,8 @@ class Commands:
         return self._number(path)
 
     def _walk(self, key: str) -> str | None:
-        path = key.removeprefix("walk ")
-        if path == key:
-            return None
-        powers = ",".join(self._sharpened[path])
-        return shlex.join(["lkspec", "evaluate", f"run={path}", "answers=held_out", f"sharpness=[{powers}]"])
+        powers = self._sharpened.get(key)
+        return None if powers is None else " ".join([key, shlex.quote(f"sharpness=[{','.join(powers)}]")])
 
     def _evaluation(self, path: str) -> str:
         asked = {key: values for key, values in self._evaluations[path].items() if values}
