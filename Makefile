@@ -60,8 +60,8 @@ duel: $(CAPTURED)/manifest.json ## LOSS=mine [BASE=kl DRAFT=mlp SEEDS=0,1]: does
 	$(BIN)/lkspec duel loss=$(LOSS) base=$(BASE) draft=$(DRAFT) seeds=[$(SEEDS)] $(ARGS)
 
 # Drafts and objectives in the recipe that ablations share, which WHERE chooses (make ablation-gamma DRY=1 shows the table
-# of a setting); MTP, of the full vocabulary, is RUNS='runs/ablation/mtp*' WHERE=. RUNS='runs/ablation_gpu/*' OUT=experiments/ablations/gpu WHERE= takes others. What a table lacks it says,
-# with the command that fills it.
+# of a setting); MTP, of the full vocabulary, is RUNS='runs/ablation/mtp*' WHERE=. RUNS='runs/ablation_gpu/*'
+# OUT=experiments/ablations/gpu WHERE= takes others. What a table lacks it says, with the command that fills it.
 RUNS ?= runs/ablation/*
 OUT ?= experiments/ablations
 WHERE ?= draft.num_depths=4 vocab.size=4096 loss_options.gamma=0.8 draft.head_init=random draft.inner_dim=null
