@@ -19,7 +19,7 @@ from lkspec.targets.base import Target
 from lkspec.types import Batch, LinearHead, TargetStates, TokenStats, stack_rows
 from lkspec.walk_rows import WalkRow
 
-_TEXT_TOKENS = 2048  # padded tokens a batch of the walk
+_TEXT_TOKENS = (2048, 16384)  # padded tokens a batch of the walk, on a CPU and elsewhere
 
 
 def draft_stats(
@@ -41,7 +41,7 @@ def draft_stats(
         target_head,
         draft.vocab,
         batch.tokens,
-        batch.depth_mask(len(hidden)),
+        batch.as_made.depth_mask(len(hidden)),
         target_summary=states.summary,
         **options,
     )
@@ -122,7 +122,7 @@ def walk_answers(
             nothing, once with q.
     """
     rows: list[WalkRow] = []
-    max_tokens = max([_TEXT_TOKENS, *answers.lengths])
+    max_tokens = max([_text_tokens(target), *answers.lengths])
     for temperature in set(answers.temperatures):
         assert temperature is not None
         chosen = [index for index, written_at in enumerate(answers.temperatures) if written_at == temperature]
@@ -174,7 +174,8 @@ def walk_texts(
         The count of each text at each K; None where the answer is too short for one whole round.
     """
     counts: dict[int, tuple[WalkCount | None, ...]] = {}
-    for indices in _grouped([len(prompt) + len(answer) for _, prompt, answer in texts]):
+    lengths = [len(prompt) + len(answer) for _, prompt, answer in texts]
+    for indices in _grouped(lengths, _text_tokens(target)):
         batch = _as_batch([texts[index] for index in indices]).to(target.device)
         stats = draft_stats(
             draft,
@@ -192,11 +193,15 @@ def walk_texts(
     return [counts.get(index, (None,) * num_draft_tokens) for index in range(len(texts))]
 
 
-def _grouped(lengths: Sequence[int]) -> Iterable[list[int]]:
+def _text_tokens(target: Target) -> int:
+    return _TEXT_TOKENS[target.device.type != "cpu"]
+
+
+def _grouped(lengths: Sequence[int], max_tokens: int) -> Iterable[list[int]]:
     """Indices in batches of similar length, each within the padded area."""
     group: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if group and (len(group) + 1) * lengths[index] > _TEXT_TOKENS:
+        if group and (len(group) + 1) * lengths[index] > max_tokens:
             yield group
             group = []
         group.append(index)

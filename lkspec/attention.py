@@ -50,9 +50,17 @@ class CausalMask:
     kernel: str = "auto"
 
     @classmethod
-    def of(cls, documents: Int[Tensor, "B S"], *, window: int | None = None, kernel: str = "auto") -> CausalMask:
-        """The mask of packed documents (or of single ones, padded)."""
-        return cls(documents, tuple(_spans(row) for row in documents.tolist()), window, 0, kernel)
+    def of(
+        cls,
+        documents: Int[Tensor, "B S"],
+        *,
+        as_made: Int[Tensor, "B S"] | None = None,
+        window: int | None = None,
+        kernel: str = "auto",
+    ) -> CausalMask:
+        """The mask of packed documents (or of single ones, padded); ``as_made`` are they where reading is cheap."""
+        spans = tuple(_spans(row) for row in (documents if as_made is None else as_made).tolist())
+        return cls(documents, spans, window, 0, kernel)
 
     def pieces(self) -> Iterator[tuple[slice, slice]]:
         """Rows and slots that attend among themselves."""

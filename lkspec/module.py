@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -137,8 +138,10 @@ class SpeculatorModule(LightningModule):
             scalars = self.objective.scalars(mean_alpha)
         loss_sum = self._summed(loss_sum)
         norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.gradient_clip)
-        self._refuse_non_finite(loss_sum, norm, batches)
-        self._log_step(loss_sum, norm, sums, scalars, scheduler.get_last_lr()[0])
+        # The one time that a step waits for its device.
+        loss, gradient_norm, num_tokens = torch.stack([t.double() for t in (loss_sum, norm, counts[0])]).tolist()
+        self._refuse_non_finite(loss, gradient_norm, batches)
+        self._log_step(loss_sum, norm, int(num_tokens), sums, scalars, scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
 
@@ -148,21 +151,26 @@ class SpeculatorModule(LightningModule):
             return None  # its mean alpha is that of all ranks
         return InForward.of(self.objective, counts, self.gamma)
 
-    def _refuse_non_finite(self, loss: Tensor, norm: Tensor, batches: list[Batch]) -> None:
-        if bool(torch.isfinite(loss)) and bool(torch.isfinite(norm)):
+    def _refuse_non_finite(self, loss: float, norm: float, batches: list[Batch]) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
             return
         ids = [name for batch in batches for row in batch.ids for name in row]
         raise ValueError(
-            f"the loss became {float(loss):g} (gradient norm {float(norm):g}) at step {self.global_step} on "
+            f"the loss became {loss:g} (gradient norm {norm:g}) at step {self.global_step} on "
             f"conversations {', '.join(ids)}. The last checkpoint holds the state before. Try a lower optimizer.lr, "
             "trainer.precision=32-true or target.dtype=float32, or look at these conversations with lkspec inspect"
         )
 
     def _log_step(
-        self, loss: Tensor, norm: Tensor, sums: dict[str, Tensor], scalars: dict[str, Tensor], lr: float
+        self,
+        loss: Tensor,
+        norm: Tensor,
+        num_tokens: int,
+        sums: dict[str, Tensor],
+        scalars: dict[str, Tensor],
+        lr: float,
     ) -> None:
         count = sums["count"].clamp(min=1)
-        num_tokens = int(sums["count"][0])
         self.num_supervised_seen += num_tokens
         values: dict[str, Any] = {
             "train/loss": loss,

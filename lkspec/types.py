@@ -44,6 +44,7 @@ class Batch(_Movable):
         segments: conversation number within the row, counted from 1; 0 is padding.
         turns: assistant turn number within the row, counted from 1; 0 is text that is not supervised.
         ids: one name a conversation, row by row, in the order of its segment number.
+        origin: the batch that this one was moved from; None where it was made.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -51,6 +52,15 @@ class Batch(_Movable):
     segments: Int[Tensor, "B T"]
     turns: Int[Tensor, "B T"]
     ids: tuple[tuple[str, ...], ...]
+    origin: Batch | None = None
+
+    def to(self, device: torch.device | str) -> Self:
+        return replace(super(Batch, replace(self, origin=None)).to(device), origin=self.as_made)
+
+    @property
+    def as_made(self) -> Batch:
+        """The same batch where it was made, on the host as a rule: to read it there waits for no device."""
+        return self if self.origin is None else self.origin
 
     @property
     def is_packed(self) -> bool:
@@ -73,7 +83,8 @@ class Batch(_Movable):
 
     def conversations(self) -> Iterator[BatchConversation]:
         """Every conversation, row by row."""
-        tokens, segments = self.tokens.cpu(), self.segments.cpu()  # one copy from the device, not one a conversation
+        made = self.as_made
+        tokens, segments = made.tokens.cpu(), made.segments.cpu()  # one copy, if any, not one a conversation
         for row, names in enumerate(self.ids):
             for number, name in enumerate(names, start=1):
                 found = torch.nonzero(segments[row] == number)[:, 0]

@@ -2,9 +2,8 @@
 
     python experiments/ablations/prompts.py --out answers/prompts                       # needs LKSPEC_DATA
     python experiments/ablations/on_gpu.py answers --processes 4
-    python experiments/ablations/on_gpu.py lr
-    python experiments/ablations/on_gpu.py train --minutes 20 [--only medusa mlp]
-    python experiments/ablations/on_gpu.py decode --minutes 10
+    python experiments/ablations/on_gpu.py train lr --minutes 20 [--only medusa mlp]
+    python experiments/ablations/on_gpu.py sharpness decode --minutes 10
 
 A draft for a small target does not fill a GPU: a step waits for Python, and one process leaves most of the device idle.
 So commands run side by side, each a sweep whose jobs share target, data and states. At the end of the minutes what is
@@ -35,20 +34,22 @@ DRAFTS = {
     "medusa": ("optimizer.lr=4e-3",),
     "mtp": ("optimizer.lr=2e-3", "~draft.head_init"),  # it has no head of its own
 }
-MAIN = ("kl", "lk_alpha", "lk_lambda")
-# Who shares a process, as (drafts, seeds, objectives); a slow draft has more processes than a fast one.
+MAIN = ("kl", "lk_alpha", "lk_lambda", "tv")
+BEYOND = ("expected_length", "greedy_mixed", "temperature_mixed", "expected_length_lambda", "filter_aware")
+# Who shares a process, as (drafts, seeds, objectives), what matters most first. A process keeps the target's states, so
+# it has one draft, and one seed, whose runs are compared in pairs; slow drafts have two of them a seed.
 SWEEPS = (
-    *(("eagle3", (seed,), ("kl", "lk_alpha", "tv")) for seed in range(3)),
-    *(("eagle3", (seed,), ("lk_lambda", "expected_length", "lk_lambda_eta_10")) for seed in range(3)),
-    *(("mlp", (0, 1, 2), MAIN), ("mlp", (0, 1, 2), ("expected_length", "lk_lambda_eta_10", "tv"))),
-    *(("medusa", (0, 1, 2), MAIN), ("medusa", (0, 1, 2), ("expected_length", "lk_lambda_eta_3", "tv"))),
-    *(("mtp", (seed,), MAIN) for seed in range(3)),
-    *((draft, (0, 1, 2), ("lk_lambda_eta_1", "lk_lambda_fixed")) for draft in DRAFTS),
+    *((draft, (seed,), MAIN) for draft in ("eagle3", "mtp") for seed in range(3)),
+    *(("mlp", (seed,), (*MAIN, "lk_lambda_eta_10", "lk_lambda_fixed", "lk_lambda_eta_1")) for seed in range(3)),
+    *(("medusa", (seed,), (*MAIN, "lk_lambda_eta_3", "lk_lambda_fixed", "lk_lambda_eta_1")) for seed in range(3)),
     *(
-        (draft, (0, 1, 2), ("expected_length_lambda", "filter_aware", "temperature_mixed"))
-        for draft in ("mlp", "eagle3")
+        (draft, (seed,), ("lk_lambda_eta_10", "lk_lambda_fixed", "lk_lambda_eta_1"))
+        for draft in ("eagle3", "mtp")
+        for seed in range(3)
     ),
+    *((draft, (seed,), BEYOND) for draft in ("mlp", "eagle3", "medusa") for seed in range(3)),
 )
+SHARPNESS = "1,1.125,1.25,1.5"
 OTHER_RATES = {"eagle3": "1e-3,4e-3", "mlp": "2e-3,8e-3", "medusa": "2e-3,8e-3", "mtp": "1e-3,4e-3"}  # for kl
 
 
@@ -137,20 +138,16 @@ def _id(line: str) -> str:
     return str(json.loads(line)["id"])
 
 
-def lr(options: argparse.Namespace) -> None:
+def lr(options: argparse.Namespace) -> list[Lane]:
     """kl at other learning rates than the one that all objectives train with."""
-    run_lanes(_other_rates(options.only), processes=options.processes, minutes=options.minutes)
-
-
-def _other_rates(drafts: Sequence[str]) -> list[Lane]:
     shared = ("loss=kl", "seed=0", "run_root=runs/ablation_gpu_lr")
     return [
         sweep(f"lr-{draft}", f"draft={draft}", *DRAFTS[draft], *shared, f"optimizer.lr={OTHER_RATES[draft]}")
-        for draft in drafts
+        for draft in options.only
     ]
 
 
-def train(options: argparse.Namespace) -> None:
+def train(options: argparse.Namespace) -> list[Lane]:
     """Every objective for every draft and seed."""
     lanes = []
     for draft, seeds, objectives in SWEEPS:
@@ -158,34 +155,56 @@ def train(options: argparse.Namespace) -> None:
             name = f"{draft}-{objectives[0]}-s{''.join(map(str, seeds))}"
             chosen = (f"seed={','.join(map(str, seeds))}", f"loss={','.join(objectives)}")
             lanes.append(sweep(name, f"draft={draft}", *DRAFTS[draft], *chosen))
-    run_lanes(lanes, processes=options.processes, minutes=options.minutes)
+    return lanes
 
 
-def decode(options: argparse.Namespace) -> None:
+def sharpness(options: argparse.Namespace) -> list[Lane]:
+    """The main objectives' runs served with q^s, along the answers sampled at T = 1."""
+    answers = f"answers={ANSWERS / 'heldout_t1.jsonl'}"
+    return _on_runs("sharpness", options, answers, f"sharpness=[{SHARPNESS}]")
+
+
+def decode(options: argparse.Namespace) -> list[Lane]:
     """The three benchmarks, for every run of the main objectives that is there."""
+    length = ("+benchmark.max_new_tokens=128", "num_draft_tokens=[4]", "batch_size=128")
+    return _on_runs("decode", options, "benchmark=paper", f"benchmark.num_prompts={options.prompts}", *length)
+
+
+def _on_runs(name: str, options: argparse.Namespace, *settings: str) -> list[Lane]:
+    """``lkspec evaluate`` of the finished runs of the main objectives, each process having its share of them."""
     runs = [run for run in list_runs(RUNS) if run.is_finished and run.config["names"]["loss"] in MAIN]
-    settings = ("benchmark=paper", f"benchmark.num_prompts={options.prompts}", "+benchmark.max_new_tokens=128",
-                "num_draft_tokens=[4]", "batch_size=128")  # fmt: skip
-    shares = [runs[number :: options.processes] for number in range(options.processes)]
-    lanes = [
-        Lane(f"decode-{number}", lkspec("evaluate", "-m", f"run={','.join(str(run.path) for run in share)}", *settings))
+    chosen = [
+        run for run in runs if run.config["names"]["draft"] in options.only and run.config["seed"] in options.seeds
+    ]
+    shares = [chosen[number :: options.processes] for number in range(options.processes)]
+    return [
+        Lane(
+            f"{name}-{number}",
+            lkspec("evaluate", "-m", f"run={','.join(str(run.path) for run in share)}", *settings),
+        )
         for number, share in enumerate(shares)
         if share
     ]
-    run_lanes(lanes, processes=options.processes, minutes=options.minutes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    steps = {step.__name__: step for step in (answers, lr, train, decode)}
-    parser.add_argument("step", choices=steps)
+    sweeps = {step.__name__: step for step in (train, lr, sharpness, decode)}
+    parser.add_argument("steps", nargs="+", choices=("answers", *sweeps), help="their commands wait in this order")
     parser.add_argument("--processes", type=int, default=12, help="commands that run at a time")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which what still runs is stopped")
     parser.add_argument("--only", nargs="+", choices=DRAFTS, default=list(DRAFTS), help="drafts")
     parser.add_argument("--rows", type=int, default=768, help="answers: decoded together by each process")
     parser.add_argument("--prompts", type=int, default=40, help="decode: of each benchmark")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="sharpness, decode: whose runs")
     options = parser.parse_args()
-    steps[options.step](options)
+    if options.steps == ["answers"]:
+        answers(options)
+    elif "answers" in options.steps:
+        parser.error("answers come before everything else, in a command of their own")
+    else:
+        lanes = [lane for step in options.steps for lane in sweeps[step](options)]
+        run_lanes(lanes, processes=options.processes, minutes=options.minutes)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def init_head(weight: Float[Tensor, "D H"], spec: TargetSpec, vocab: DraftVocab,
 
 def visible_anchors(batch: Batch, options: UnrollOptions, window: int | None = None) -> CausalMask:
     """Anchors of the same conversation, not later than the query's."""
-    return CausalMask.of(batch.segments, window=window, kernel=options.attention)
+    return CausalMask.of(batch.segments, as_made=batch.as_made.segments, window=window, kernel=options.attention)
 
 
 def shifted(tokens: Int[Tensor, "B T"], offset: int) -> Int[Tensor, "B T"]:

@@ -63,7 +63,8 @@ def fused_token_stats(
     """The statistics of ``token_stats`` at bounded memory; kl, reverse_kl and log_alpha carry gradients, once.
 
     Args:
-        hidden, heads, target_hidden, target_head, vocab, tokens, mask: as in ``token_stats``.
+        hidden, heads, target_hidden, target_head, vocab, tokens, mask: as in ``token_stats``. A mask on the host spares
+            waiting for the device that the others are on.
         temperature, top_k, top_p: as in ``token_stats``; backward filters again.
         target_summary: what ``target_hidden``'s logits come to, [B, T]: spares their products with the head outside a
             truncated draft vocabulary. Not read where p is filtered or of another temperature than 1.
@@ -93,7 +94,7 @@ def fused_token_stats(
         row_value=row_value,
         in_forward=in_forward,
         chunk_size=chunk_size,
-        served=served_rows(mask),
+        served=served_rows(mask).to(hidden.device),
         autocast_dtype=_autocast_dtype(hidden),
         learns=torch.is_grad_enabled(),
         summary=target_summary,
@@ -101,6 +102,7 @@ def fused_token_stats(
     if in_forward is not None and in_forward.reads_mean_alpha and walk.num_chunks > 1:
         walk = replace(walk, in_forward=None)
     rows = _FusedStats.apply(walk, hidden, target_hidden, tokens, *walk.parameters)
+    mask = mask.to(hidden.device)
     placed = {name: walk.served.place(value, mask) for name, value in zip(_names(walk), rows, strict=True)}
     return TokenStats(mask=mask, **placed)
 

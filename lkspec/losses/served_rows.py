@@ -22,6 +22,10 @@ class ServedRows(NamedTuple):
     needed: Bool[Tensor, "K R"]
     anchors: Int[Tensor, "K R"]
 
+    def to(self, device: torch.device) -> ServedRows:
+        """The same on a device."""
+        return ServedRows(*(tensor.to(device, non_blocking=True) for tensor in self))
+
     def place(self, values: Float[Tensor, "K R"], mask: Bool[Tensor, "K B T"]) -> Float[Tensor, "K B T"]:
         """Moves values from target rows to their anchors; zeros elsewhere."""
         values = values.masked_fill(~self.needed, 0.0)

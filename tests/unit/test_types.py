@@ -7,6 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lkspec.data.chat import Encoded
+from lkspec.data.dataset import collate
+from lkspec.drafts.base import UnrollOptions
+from lkspec.drafts.layers import visible_anchors
 from lkspec.types import Batch, FreshStates, HeadSummary, LinearHead, TargetStates, stack_rows
 
 
@@ -81,3 +85,17 @@ def test_logits_of_a_described_head(bias, scale, soft_cap):
 
 def test_rows_are_stacked_with_zeros_behind():
     assert stack_rows([torch.tensor([1, 2, 3]), torch.tensor([4])]).tolist() == [[1, 2, 3], [4, 0, 0]]
+
+
+def test_a_moved_batch_is_read_where_it_was_made():
+    """A step that asks its device which conversations it holds would wait for all that is queued there."""
+    batch = collate([[encoded("a", 5)], [encoded("b", 3), encoded("c", 4)]])
+    moved = batch.to("meta")
+    assert moved.tokens.is_meta
+    assert moved.as_made is moved.to("meta").as_made is batch.as_made is batch
+    assert [one.key for one in moved.conversations()] == [one.key for one in batch.conversations()]
+    assert visible_anchors(moved, UnrollOptions()).spans == visible_anchors(batch, UnrollOptions()).spans
+
+
+def encoded(name: str, length: int) -> Encoded:
+    return Encoded(name, list(range(length)), [0] + [1] * (length - 1), 1.0)

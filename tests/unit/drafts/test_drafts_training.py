@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from lkspec.acceptance import draft_stats
 from lkspec.drafts.base import Draft
 from lkspec.losses import objectives
+from lkspec.losses.in_forward import InForward
 from lkspec.losses.objectives import LKLambda, Objective, masked_sums, reduce_loss
 from lkspec.targets.tiny import TinyTarget
 from lkspec.types import LinearHead, TargetSpec
@@ -30,6 +32,35 @@ def loss_of(draft: Draft, target: TinyTarget, objective: Objective) -> Tensor:
     sums = masked_sums(stats)
     values = objective.values(stats, sums["alpha"] / sums["count"])
     return reduce_loss(values, stats.mask, sums["count"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_step_waits_for_its_device_once(case: Case) -> None:
+    """When backward checks that the loss has the weights that were promised to the gradient formed in forward."""
+    target = TinyTarget(device="cuda")
+    draft = make_draft(case, target.spec, half_vocab(target.vocab_size)).cuda()
+    made, _ = batch_for(target.spec, [[9], [5, 4]])
+    batch, objective = made.to("cuda"), LKLambda()
+    counts = made.depth_mask(draft.num_depths).sum((1, 2)).cuda()
+    states, promised = target.states(batch), InForward.of(objective, counts)
+
+    def step() -> None:
+        stats = draft_stats(draft, batch, states, target.head, in_forward=promised)
+        assert stats.value is not None
+        reduce_loss(stats.value, stats.mask, counts, 0.8).backward()
+
+    step()  # kernels are compiled
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(one.message) for one in told if "synchroniz" in str(one.message)]
+    assert len(waits) <= 1, waits
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
