@@ -108,6 +108,8 @@ def answers(options: argparse.Namespace) -> None:
     lanes, shards = [], {}
     for name, temperature in FILES.items():
         rows = _lines(ANSWERS / "prompts" / f"{name}.jsonl")
+        if name == "train" and len(rows) > options.train:
+            rows = [rows[index * len(rows) // options.train] for index in range(options.train)]  # sorted by source
         count = options.processes if name == "train" else 1
         shards[name] = [ANSWERS / "shards" / f"{name}-{number}.jsonl" for number in range(count)]
         for number, out in enumerate(shards[name]):
@@ -194,6 +196,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=12, help="commands that run at a time")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which what still runs is stopped")
     parser.add_argument("--only", nargs="+", choices=DRAFTS, default=list(DRAFTS), help="drafts")
+    parser.add_argument("--train", type=int, default=5000, help="answers: prompts to train on, evenly spaced")
     parser.add_argument("--rows", type=int, default=768, help="answers: decoded together by each process")
     parser.add_argument("--prompts", type=int, default=40, help="decode: of each benchmark")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="sharpness, decode: whose runs")

@@ -57,7 +57,7 @@ def test_a_failed_lane_is_told_with_its_last_line(on_gpu, capsys):
 
 def test_missing_prompts_are_told_with_the_command_that_makes_them(on_gpu):
     with pytest.raises(SystemExit, match=r"expected prompts at answers/prompts/train.jsonl.*prompts.py --out"):
-        on_gpu.answers(argparse.Namespace(processes=3, minutes=1.0, rows=8))
+        on_gpu.answers(argparse.Namespace(processes=3, minutes=1.0, rows=8, train=5))
 
 
 def test_the_deadline_stops_what_runs_and_names_what_has_not_begun(on_gpu, capsys):
@@ -70,7 +70,9 @@ def test_the_deadline_stops_what_runs_and_names_what_has_not_begun(on_gpu, capsy
     assert "not begun: second" in out
 
 
-def test_answers_of_all_shards_are_joined_whatever_line_breaks_they_hold(on_gpu, monkeypatch, capsys):
+def test_answers_of_all_shards_to_prompts_evenly_spaced_are_joined_whatever_line_breaks_they_hold(
+    on_gpu, monkeypatch, capsys
+):
     prompts = Path("answers/prompts")
     prompts.mkdir(parents=True)
     for name, count in (("train", 7), ("heldout_t1", 3), ("heldout_t0", 2)):
@@ -78,12 +80,12 @@ def test_answers_of_all_shards_are_joined_whatever_line_breaks_they_hold(on_gpu,
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (prompts / f"{name}.jsonl").write_text(text, encoding="utf-8")
     monkeypatch.setattr(on_gpu, "lkspec", lambda verb, *overrides: (sys.executable, "-c", GENERATE, *overrides))
-    on_gpu.answers(argparse.Namespace(processes=3, minutes=1.0, rows=8))
+    on_gpu.answers(argparse.Namespace(processes=3, minutes=1.0, rows=8, train=5))
     lines = Path("answers/train.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     assert [json.loads(line) for line in lines] == [
-        {"id": f"train-{n}", "text": f"a\u2028b {n}", "token_ids": [1, 2]} for n in range(7)
+        {"id": f"train-{n}", "text": f"a\u2028b {n}", "token_ids": [1, 2]} for n in (0, 1, 2, 4, 5)
     ]
-    assert "train: 7 answers, 14 tokens" in capsys.readouterr().out
+    assert "train: 5 answers, 10 tokens" in capsys.readouterr().out
 
 
 def test_every_sweep_is_of_drafts_and_objectives_that_are_there(on_gpu):
