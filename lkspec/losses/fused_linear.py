@@ -102,7 +102,7 @@ def fused_token_stats(
     if in_forward is not None and in_forward.reads_mean_alpha and walk.num_chunks > 1:
         walk = replace(walk, in_forward=None)
     rows = _FusedStats.apply(walk, hidden, target_hidden, tokens, *walk.parameters)
-    mask = mask.to(hidden.device)
+    mask = mask.to(hidden.device, non_blocking=True)
     placed = {name: walk.served.place(value, mask) for name, value in zip(_names(walk), rows, strict=True)}
     return TokenStats(mask=mask, **placed)
 

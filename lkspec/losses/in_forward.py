@@ -37,7 +37,7 @@ class InForward:
         """For the loss of ``reduce_loss``; None where a value depends on more than its own depth."""
         if objective.scope == "batch":
             return None
-        weights = depth_weights(len(counts), gamma).to(counts.device) / counts.clamp(min=1)
+        weights = depth_weights(len(counts), gamma).to(counts.device, non_blocking=True) / counts.clamp(min=1)
         return cls(objective.values, weights, reads_mean_alpha=objective.scope == "depth")
 
     def slopes(

@@ -216,7 +216,8 @@ def reduce_loss(
         ValueError: gamma that is not positive.
     """
     sums = values.masked_fill(~mask, 0.0).sum((1, 2))
-    return (depth_weights(len(values), gamma).to(sums) * sums / counts.clamp(min=1).to(sums)).sum()
+    weights = depth_weights(len(values), gamma).to(sums, non_blocking=True)
+    return (weights * sums / counts.clamp(min=1).to(sums)).sum()
 
 
 def masked_sums(stats: TokenStats) -> dict[str, Float[Tensor, " K"]]:

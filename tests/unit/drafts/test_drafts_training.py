@@ -59,7 +59,7 @@ def test_a_step_waits_for_its_device_once(case: Case) -> None:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [str(one.message) for one in told if "synchroniz" in str(one.message)]
+    waits = [str(one.message) for one in told if "called a synchronizing" in str(one.message)]
     assert len(waits) <= 1, waits
 
 
