@@ -7,7 +7,8 @@
 
 A draft for a small target does not fill a GPU: a step waits for Python, and one process leaves most of the device idle.
 So commands run side by side, each a sweep whose jobs share target, data and states. At the end of the minutes what is
-still running is stopped; the same command goes on there, as finished runs are kept and half a run begins again.
+still running is stopped; the same command goes on there, as finished runs are kept and half a run begins again. With
+`nvidia-cuda-mps-control -d` before, kernels of several processes overlap.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from textwrap import fill
 from typing import Any
 
@@ -27,7 +28,8 @@ from lkspec.reporting.model import OURS, Row, Table
 from lkspec.reporting.renderers.text import column_name
 
 _LABEL_CHARACTERS = 45  # of a line of the vertical label
-_ASIDE = 0.04  # from one line to the next, in units of the last column key
+_ASIDE = 0.04  # from one line to the next, as a share of the smallest step of the last column key
+_PANELS_INCHES, _CHARACTER_INCHES = 5.5, 0.08  # the width of all panels, and of a character below them
 
 
 def lines_figure(table: Table) -> Figure:
@@ -49,6 +51,8 @@ def lines_figure(table: Table) -> Figure:
     drawn = [row for row in table.rows if any(cell.estimate is not None for cell in row.cells)]
     table = replace(table, rows=tuple(drawn))
     panels = list(dict.fromkeys(column[:-1] for column in table.columns))
+    ordered = sorted(set(places))
+    step = min((after - before for before, after in pairwise(ordered)), default=1.0)
     style: dict[Any, Any] = {**STYLE}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(WIDTH_INCHES, 4.2), dpi=DPI, layout="constrained")
@@ -56,16 +60,30 @@ def lines_figure(table: Table) -> Figure:
         for axes, panel in zip(grid, panels, strict=True):
             chosen = [index for index, column in enumerate(table.columns) if column[:-1] == panel]
             for index, row in enumerate(table.rows):
-                aside = _ASIDE * (index - (len(table.rows) - 1) / 2)
+                aside = _ASIDE * step * (index - (len(table.rows) - 1) / 2)
                 x, estimates = [places[i] + aside for i in chosen], [row.cells[i].estimate for i in chosen]
                 _draw_line(axes, x, estimates, _look(table, index))
             axes.set_title(", ".join(column_name(k, t) for k, t in zip(table.column_keys, panel, strict=False)))
-            axes.set_xticks(sorted({places[i] for i in chosen}))
+            ticks = sorted({places[i] for i in chosen})
+            axes.set_xticks(ticks, _tick_labels(ticks, _PANELS_INCHES / len(panels)))
         figure.supxlabel({"num_draft_tokens": "drafted tokens a round, K", "depth": "depth k"}.get(key, key))
         grid[0].set_ylabel(fill(table.title, _LABEL_CHARACTERS))
         handles = [Line2D([], [], label=_name(row), **_look(table, index)) for index, row in enumerate(table.rows)]
         figure.legend(handles=handles, loc="outside right upper")
     return figure
+
+
+def _tick_labels(ticks: Sequence[float], inches: float) -> list[str]:
+    """What stands below an axis of this width: of labels that would touch the one before, nothing."""
+    labels: list[str] = []
+    free = -math.inf
+    for tick in ticks:
+        label = f"{tick:g}"
+        half = len(label) * _CHARACTER_INCHES / 2
+        place = inches * (tick - ticks[0]) / max(ticks[-1] - ticks[0], 1e-9)
+        labels.append(label if place - half >= free else "")
+        free = place + half + _CHARACTER_INCHES if labels[-1] else free
+    return labels
 
 
 def _draw_line(axes: Axes, x: Sequence[float], estimates: Sequence[Estimate | None], look: dict[str, Any]) -> None:

@@ -7,7 +7,9 @@ import io
 import math
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from lkspec.reporting.figures import gains_figure, lines_figure
@@ -132,6 +134,20 @@ def test_lines_run_over_the_last_column_key(table):
     words = Table("t", ("loss",), ("benchmark",), (("gsm8k",),), (Row(("kl",), "ours", (Cell(estimate(1.0)),)),), 3)
     with pytest.raises(ValueError, match=r"must be numbers .* benchmark has gsm8k"):
         lines_figure(words)
+
+
+def test_lines_over_close_numbers_stand_aside_by_less_and_labels_do_not_touch():
+    columns = tuple((draft, s) for draft in "abcd" for s in ("1", "1.125", "1.25", "1.5"))
+    rows = tuple(Row((loss,), "ours", (Cell(estimate(1.0)),) * 16) for loss in ("kl", "tv"))
+    figure = lines_figure(Table("t", ("loss",), ("draft", "sharpness"), columns, rows, 3))
+    first, second = (line.get_xdata() for line in figure.axes[0].lines)
+    assert np.allclose((first + second) / 2, [1, 1.125, 1.25, 1.5])
+    assert 0 < second[0] - first[0] < 0.125 / 10
+    figure.canvas.draw()
+    for axes in figure.axes:
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+        assert 2 <= len(boxes) < 4
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
 def test_gains_are_drawn_with_their_intervals(table):
