@@ -99,23 +99,7 @@ class Sharpening:
 
 def sharpening(targets: Float[Tensor, "G n V"], drafts: Float[Tensor, "G V"], grid: Sequence[float]) -> Sharpening:
     """Sharpens the drafts of all groups alike."""
-    return mixed_sharpening([(1.0, targets, drafts)], grid)
-
-
-def mixed_sharpening(rows: Sequence[tuple[float, Tensor, Tensor]], grid: Sequence[float]) -> Sharpening:
-    """Sharpens alike what a draft proposes at rows of several kinds.
-
-    Args:
-        rows: of each kind its share, targets [G, n, V] and drafts [G, V].
-        grid: the s to choose from.
-    """
-
-    def alpha(power: float) -> float:
-        kinds = ((share, targets, drafts**power) for share, targets, drafts in rows)
-        return sum(
-            share * float(acceptance(targets, q / q.sum(-1, keepdim=True)).mean()) for share, targets, q in kinds
-        )
-
-    found = {power: alpha(power) for power in grid}
+    powers = {power: drafts**power for power in grid}
+    found = {s: float(acceptance(targets, q / q.sum(-1, keepdim=True)).mean()) for s, q in powers.items()}
     best = max(found, key=found.__getitem__)
-    return Sharpening(alpha(1.0), best, found[best])
+    return Sharpening(float(acceptance(targets, drafts).mean()), best, found[best])

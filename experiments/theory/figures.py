@@ -12,14 +12,7 @@ import torch
 from lkspec.figure_style import save
 from lkspec.losses.objectives import KL, TV, LKAlpha, LKLambda, Objective, ReverseKL
 from lkspec.theory import fit_gaussian, gradient_norms, landscape
-from lkspec.theory_contexts import (
-    agreement,
-    best_draft,
-    mixed_sharpening,
-    shared_draft,
-    sharpening,
-    zipf_contexts,
-)
+from lkspec.theory_contexts import agreement, best_draft, shared_draft, sharpening, zipf_contexts
 from lkspec.theory_figures import fits_figure, gradient_norms_figure, landscapes_figure, shared_drafts_figure
 
 FOLDER = Path(__file__).parent
@@ -55,9 +48,6 @@ def main() -> None:
         panels[title] = shared_drafts(concentration)
     save(shared_drafts_figure(panels), FOLDER / "shared_drafts.png")
 
-    print("\none q for 64 contexts, but for a share of sure rows: kl (at the best sharpness), best q")
-    print_mixtures()
-
 
 def shared_drafts(concentration: float) -> dict[str, list[tuple[float, float]]]:
     """The lines of a panel: (alpha of kl's draft, what others gain over it), a point a number of contexts."""
@@ -75,19 +65,6 @@ def shared_drafts(concentration: float) -> dict[str, list[tuple[float, float]]]:
         for name, one in found.items():
             lines.setdefault(name, []).append((plain.alpha, one.alpha - plain.alpha))
     return lines
-
-
-def print_mixtures() -> None:
-    """What sharpness gets of a draft that is sure and right at a share of the rows and confuses contexts at others."""
-    unsure, sure = (zipf_contexts(10 * 64 // n, n, 128, concentration=c) for n, c in ((64, 2.0), (1, 0.05)))
-    nats = float(torch.special.entr(sure).sum(-1).mean())
-    for share in (0.0, 0.2, 0.3, 0.4, 0.5):
-        rows = [(share, sure, sure.mean(1)), (1 - share, unsure, unsure.mean(1))]
-        kl = mixed_sharpening(rows, SHARPNESS)
-        best = mixed_sharpening([(weight, p, best_draft(p)) for weight, p, _ in rows], [1.0]).alpha
-        gets = (kl.sharpened - kl.alpha) / (best - kl.alpha)
-        told = f"{share:.0%} sure ({nats:.2f} nats): {kl.alpha:.3f} ({kl.sharpness:.2f}: {kl.sharpened:.3f})"
-        print(f"{told}  {best:.3f}, of which sharpness gets {gets:.0%}")
 
 
 if __name__ == "__main__":

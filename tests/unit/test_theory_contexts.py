@@ -11,15 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lkspec.losses.objectives import KL, TV, LKAlpha, LKLambda, Objective
-from lkspec.theory_contexts import (
-    acceptance,
-    agreement,
-    best_draft,
-    mixed_sharpening,
-    shared_draft,
-    sharpening,
-    zipf_contexts,
-)
+from lkspec.theory_contexts import acceptance, agreement, best_draft, shared_draft, sharpening, zipf_contexts
 from lkspec.theory_figures import shared_drafts_figure
 
 GRID = [1 + step / 20 for step in range(41)]
@@ -73,16 +65,6 @@ def test_who_gains_what_as_more_contexts_are_confused() -> None:
             assert best.alpha == pytest.approx(kl.sharpened, abs=1e-9)
         else:
             assert least < (kl.sharpened - kl.alpha) / (best.alpha - kl.alpha) < most
-
-
-def test_sharpness_gets_as_much_of_a_draft_that_is_sure_and_right_at_other_rows() -> None:
-    """It is not the mean alpha that says how much, but what is confused where the draft is unsure."""
-    unsure, sure = contexts(32), torch.eye(12, dtype=torch.float64)[:, None]
-    alone = sharpening(unsure, unsure.mean(1), GRID)
-    mixed = mixed_sharpening([(0.25, sure, sure[:, 0]), (0.75, unsure, unsure.mean(1))], GRID)
-    assert mixed.alpha == pytest.approx(0.25 + 0.75 * alone.alpha)
-    assert mixed.sharpened == pytest.approx(0.25 + 0.75 * alone.sharpened)
-    assert mixed.sharpness == alone.sharpness > 1
 
 
 def test_lk_objectives_lie_between_kl_and_the_best_and_sharpness_helps_them_less() -> None:
