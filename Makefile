@@ -98,10 +98,10 @@ bench: $(MODEL) ## benchmarks of loss, training step and decoding (experiments/p
 	$(BIN)/python experiments/performance/bench.py
 
 test: $(MODEL) ## all tests
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 -q --dist worksteal
 
 test-fast: $(MODEL) ## unit tests without the slow ones (under 90 s)
-	$(BIN)/python -m pytest -n 2 -q -m "not slow" tests/unit
+	$(BIN)/python -m pytest -n 2 -q --dist worksteal -m "not slow" tests/unit
 
 test-serve: $(MODEL) $(SERVE)/.installed ## what vLLM and speculators make of our exports (sets up .serve-venv)
 	$(BIN)/python -m pytest -q -m serve

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from lkspec.data.planning import plan_evaluation
 from lkspec.decoding.walk import WalkCount, walk_turns
 from lkspec.drafts.base import Draft
 from lkspec.losses.fused_linear import fused_token_stats
+from lkspec.losses.head_summary import head_summary
 from lkspec.targets.base import Target
 from lkspec.types import Batch, LinearHead, TargetStates, TokenStats, stack_rows
 from lkspec.walk_rows import WalkRow
@@ -128,8 +130,10 @@ def walk_answers(
         chosen = [index for index, written_at in enumerate(answers.temperatures) if written_at == temperature]
         for (plan,) in plan_evaluation(answers.lengths, chosen, max_tokens=max_tokens, num_replicas=1, rank=0):
             batch = collate([[answers[index] for index in row] for row in plan]).to(target.device)
-            known = states(batch)
-            for power in sharpness if temperature else (1.0,):
+            known, powers = states(batch), sharpness if temperature else (1.0,)
+            if len(powers) > 1 and temperature == 1 and known.summary is None and not draft.vocab.is_full:
+                known = replace(known, summary=head_summary(target.head, known.last))  # once, not for each power
+            for power in powers:
                 stats = draft_stats(
                     draft,
                     batch,

@@ -38,11 +38,11 @@ def used_code(names: Iterable[str], *, without: Collection[str] = ()) -> dict[st
     waiting = [_place(name) for name in names]
     while waiting:
         module, name = waiting.pop()
-        if _excluded(module, without) or (source := _read(module)) is None or name in reached.get(module, ()):
+        if _excluded(module, without) or _read(module) is None or name in reached.get(module, ()):
             continue
         reached.setdefault(module, set()).add(name)
-        waiting.extend(source.leads_to(name))
-    return {module: _digest(module, used) for module, used in sorted(reached.items())}
+        waiting.extend(_leads_to(module, name))
+    return {module: _digest(module, frozenset(used)) for module, used in sorted(reached.items())}
 
 
 def _place(dotted: str) -> tuple[str, str]:
@@ -88,6 +88,14 @@ class _Source:
         source = _read(whole)
         if source is not None:  # `module.function` may mean any of them
             yield from ((whole, defined) for defined in source.definitions)
+
+
+@functools.cache
+def _leads_to(module: str, name: str) -> tuple[tuple[str, str], ...]:
+    """``_Source.leads_to``, walked once for all jobs of a process."""
+    source = _read(module)
+    assert source is not None
+    return tuple(source.leads_to(name))
 
 
 @functools.cache
@@ -155,7 +163,8 @@ def _is_ours(file: Path) -> bool:
     return file.is_relative_to(_PACKAGE) or not any(file.resolve().is_relative_to(folder) for folder in _INSTALLED)
 
 
-def _digest(module: str, names: Collection[str]) -> str:
+@functools.cache
+def _digest(module: str, names: frozenset[str]) -> str:
     source = _read(module)
     assert source is not None
     used = {name: [_plain(s) for s in source.definitions[name]] for name in names if name in source.definitions}

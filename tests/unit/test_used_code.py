@@ -63,7 +63,7 @@ def hashes(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
 
     def measured() -> dict[str, str]:
-        for cache in (module._read, module._file):
+        for cache in (module._read, module._file, module._leads_to, module._digest):
             cache.cache_clear()
         return used_code(["mine.objective.Mine"])
 
@@ -78,7 +78,7 @@ def hashes(tmp_path, monkeypatch):
         return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
 
     yield changed
-    for cache in (module._read, module._file):
+    for cache in (module._read, module._file, module._leads_to, module._digest):
         cache.cache_clear()
     assert "mine" not in sys.modules, "looking at code imported it"
 

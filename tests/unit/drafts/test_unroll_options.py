@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -43,7 +44,21 @@ def test_the_same_values_and_gradients(case: Case, target: TinyTarget, options: 
     assert len(expected) > 4
 
 
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.compile`` traces forward and backward, but leaves out its C++ compiler, which takes a minute a draft."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
 @pytest.mark.slow
+def test_compiled_by_torchs_own_compiler(tiny_target: TinyTarget) -> None:
+    draft = make_draft(CASES["medusa"], tiny_target.spec, num_depths=2)
+    expected = values_and_gradients(draft, tiny_target, ROWS)
+    check_same(values_and_gradients(draft, tiny_target, ROWS, compile=True, checkpoint=True), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("name", ["eagle3", "medusa", "mlp", "mtp"])
 def test_compiled_and_checkpointed(tiny_target: TinyTarget, name: str) -> None:
     draft = make_draft(CASES[name], tiny_target.spec, num_depths=2)
@@ -52,6 +67,7 @@ def test_compiled_and_checkpointed(tiny_target: TinyTarget, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("traced")
 def test_compiled_for_one_packing_and_run_on_another(tiny_target: TinyTarget) -> None:
     draft = make_draft(CASES["eagle3"], tiny_target.spec, num_depths=2)
     for rows in (ROWS, [[5, 3, 9], [2, 2]], [[6, 6, 3], [12]]):
