@@ -138,7 +138,7 @@ class SpeculatorModule(LightningModule):
             scalars = self.objective.scalars(mean_alpha)
         loss_sum = self._summed(loss_sum)
         norm = torch.nn.utils.clip_grad_norm_(self.draft.parameters(), self.gradient_clip)
-        # The one time that a step waits for its device.
+        # All that a step tells, in one wait for the device.
         loss, gradient_norm, num_tokens = torch.stack([t.double() for t in (loss_sum, norm, counts[0])]).tolist()
         self._refuse_non_finite(loss, gradient_norm, batches)
         self._log_step(loss_sum, norm, int(num_tokens), sums, scalars, scheduler.get_last_lr()[0])
