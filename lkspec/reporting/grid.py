@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from lkspec.reporting.labels import label, sort_key
 from lkspec.reporting.layout import MEAN, Layout
@@ -38,9 +38,13 @@ def table_rows(layout: Layout, series: Sequence[Series], paper: PaperTable) -> t
     """Labels of every row, and which of them we should have numbers for; the others, the paper's alone, come last.
 
     Ours are the rows that are there, their baselines, what ``expect`` names, and what the paper's authors trained.
+
+    Raises:
+        ValueError: a plain baseline, which is one of the last row key's, that only rows by another key have.
     """
     keys = list(layout.rows)
     there = {tuple(label(one.get(key)) for key in keys) for one in series}
+    _check_baseline(layout, there)
     ours = set(there)
     for key, values in layout.expect.items():
         ours |= {_replaced(keys, labels, {key: label(value)}) for labels in ours for value in values}
@@ -48,6 +52,21 @@ def table_rows(layout: Layout, series: Sequence[Series], paper: PaperTable) -> t
     ours |= {layout.baseline_of(labels) for labels in ours}
     ordered = _ordered(layout, keys, ours | set(paper.labels(keys)))
     return sorted(ordered, key=lambda labels: labels not in ours), ours
+
+
+def _check_baseline(layout: Layout, there: Collection[Labels]) -> None:
+    if layout.baseline is None or isinstance(layout.baseline, Mapping):
+        return
+    name = label(layout.baseline)
+    *others, last = ({labels[place] for labels in there} for place in range(len(layout.rows)))
+    if name in last:
+        return
+    for key, names in zip(layout.rows, others, strict=False):
+        if name in names:
+            raise ValueError(
+                f"baseline={name}: a plain value is one of the last row key, and no row has {layout.rows[-1]} {name}; "
+                f"say 'baseline={{{key}:{name}}}'"
+            )
 
 
 def _replaced(keys: Sequence[str], labels: Labels, changes: Mapping[str, str]) -> Labels:

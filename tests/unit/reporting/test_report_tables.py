@@ -260,6 +260,12 @@ def test_the_batch_size_is_no_part_of_the_protocol_of_tau(tmp_path):
     assert cell(build_table(find_runs(str(tmp_path / "*")), Layout()), "mlp kl", "1 mini_chat").estimate.num_seeds == 2
 
 
+def test_a_plain_baseline_of_another_row_key_than_the_last_is_refused_with_what_to_say(study):
+    with pytest.raises(ValueError, match=r"no row has draft kl; say 'baseline=\{loss:kl\}'"):
+        build_table(study, Layout(rows=["loss", "draft"], baseline="kl"))
+    assert build_table(study, Layout(rows=["loss", "draft"], baseline={"loss": "kl"})).rows
+
+
 def test_a_baseline_of_another_protocol_is_refused(tmp_path):
     for loss, limit in (("kl", 32), ("tv", 64)):
         measure(make_run(tmp_path, loss=loss), protocol={"max_new_tokens": limit})
