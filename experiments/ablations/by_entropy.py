@@ -49,11 +49,14 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=8)
     parser.add_argument("--every", type=int, default=1, help="takes each n-th answer")
     options = parser.parse_args()
-    run = load_run(RunFolder(options.run))
-    target = run.target
-    store = read_tokenised(
-        options.answers, target.tokenizer, max_length=target.max_positions, eos_ids=target.eos_ids
-    ).store
+    try:
+        run = load_run(RunFolder(options.run))
+        target = run.target
+        store = read_tokenised(
+            options.answers, target.tokenizer, max_length=target.max_positions, eos_ids=target.eos_ids
+        ).store
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     if set(store.temperatures) != {1.0}:
         parser.error(
             f"--answers {options.answers}: expected answers sampled at temperature 1, got {set(store.temperatures)}"
