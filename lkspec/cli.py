@@ -19,7 +19,7 @@ VERBS = {
 
 
 def main() -> None:
-    """Runs one verb; each is also ``python -m lkspec.<verb>``."""
+    """Runs one verb; each is also ``python -m lkspec.commands.<verb>``."""
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in ("-h", "--help"):
         print(usage())
@@ -29,7 +29,7 @@ def main() -> None:
         sys.exit(2)
     del sys.argv[1]
     # As the main module: Lightning starts the other processes of a multi-device run by `python -m` its name.
-    runpy.run_module(f"lkspec.{verb}", run_name="__main__", alter_sys=True)
+    runpy.run_module(f"lkspec.commands.{verb}", run_name="__main__", alter_sys=True)
 
 
 def usage() -> str:

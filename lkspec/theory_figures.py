@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from lkspec.figure_style import DPI, STYLE, WIDTH_INCHES, line_colour, line_marker
+from lkspec.reporting.figure_style import DPI, STYLE, WIDTH_INCHES, line_colour, line_marker
 from lkspec.theory import GaussianFit, gaussian_density, mixture_density
 
 

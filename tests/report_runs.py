@@ -11,11 +11,11 @@ from unittest.mock import patch
 
 import numpy as np
 
-from lkspec import results
-from lkspec.result_rows import ResultRow, RoundRow
-from lkspec.results import RunFolder
-from lkspec.token_rows import TokenRow
-from lkspec.walk_rows import WalkRow
+from lkspec.runs import folder as results
+from lkspec.runs.folder import RunFolder
+from lkspec.runs.rows import ResultRow, RoundRow
+from lkspec.runs.token_rows import TokenRow
+from lkspec.runs.walk_rows import WalkRow
 
 CONFIG: dict[str, Any] = {
     "draft": {"_target_": "lkspec.drafts.mlp.MLP", "num_depths": 3},

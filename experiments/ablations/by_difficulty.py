@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 
-from lkspec.metrics import paired_difference_interval
+from lkspec.measure.metrics import paired_difference_interval
 from lkspec.reporting.counts import find_runs
 from lkspec.reporting.series import about_run
-from lkspec.results import RunFolder
+from lkspec.runs.folder import RunFolder
 
 Counts = dict[str, tuple[float, float]]  # conversation -> (accepted, rounds)
 

@@ -19,13 +19,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import lkspec.data
-from lkspec.acceptance import draft_stats
-from lkspec.assemble import TrainedRun, load_run
+from lkspec.app.load import TrainedRun, load_run
 from lkspec.data.chat import Encoded
 from lkspec.data.dataset import collate
 from lkspec.data.tokenised import read_tokenised
+from lkspec.measure.walk import draft_stats
 from lkspec.reporting.token_measuring import target_entropy
-from lkspec.results import RunFolder
+from lkspec.runs.folder import RunFolder
 
 ANSWERS = Path(lkspec.data.__file__).parent / "embedded" / "validation_t1.jsonl"
 

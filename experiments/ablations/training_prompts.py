@@ -17,7 +17,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from lkspec.config import config_dir, instantiate
+from lkspec.app.application import config_dir, instantiate
 from lkspec.data.sources import embedded_path
 from lkspec.files import write_text
 

@@ -10,7 +10,6 @@ import time
 
 import torch
 
-from lkspec.acceptance import draft_stats
 from lkspec.data.datamodule import SpeculatorDataModule
 from lkspec.drafts.base import Draft
 from lkspec.drafts.eagle3 import Eagle3
@@ -18,6 +17,7 @@ from lkspec.drafts.medusa import Medusa
 from lkspec.drafts.mlp import MLPSpeculator
 from lkspec.drafts.mtp import MTP
 from lkspec.losses.objectives import LKLambda, masked_sums, reduce_loss
+from lkspec.measure.walk import draft_stats
 from lkspec.targets.smollm2 import SmolLM2Target
 from lkspec.types import Batch, TargetStates
 from lkspec.vocab import DraftVocab

@@ -9,8 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
-from lkspec.result_rows import write_result_rows
-from lkspec.results import ResultRow, RunFolder, list_runs
+from lkspec.runs.folder import ResultRow, RunFolder, list_runs
+from lkspec.runs.rows import write_result_rows
 
 ORDER = ("eagle3", "mtp", "mlp", "medusa")
 

@@ -20,15 +20,15 @@ from pathlib import Path
 import torch
 from measuring import print_table
 
-from lkspec.acceptance import draft_stats
 from lkspec.data.capture_format import bytes_per_token
 from lkspec.data.captured import CapturedStates
 from lkspec.data.datamodule import SpeculatorDataModule
 from lkspec.drafts.base import Draft
 from lkspec.drafts.medusa import Medusa
 from lkspec.drafts.mlp import MLPSpeculator
-from lkspec.losses.in_forward import InForward
+from lkspec.losses.fused.in_forward import InForward
 from lkspec.losses.objectives import KL, reduce_loss
+from lkspec.measure.walk import draft_stats
 from lkspec.targets.smollm2 import SmolLM2Target
 from lkspec.types import Batch, LinearHead, TargetStates
 from lkspec.vocab import DraftVocab

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lkspec.losses.fused_linear import fused_token_stats
-from lkspec.losses.in_forward import InForward
+from lkspec.losses.fused.in_forward import InForward
+from lkspec.losses.fused.token_stats import fused_token_stats
 from lkspec.losses.objectives import Objective, depth_weights, reduce_loss
 from lkspec.types import LinearHead
 from lkspec.vocab import DraftVocab

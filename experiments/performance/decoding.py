@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 from measuring import print_table, write_csv
 
-from lkspec.assemble import load_run
+from lkspec.app.load import load_run
 from lkspec.benchmarks.mini import SUITES, Mini
 from lkspec.decoding.chain import ChainDecoder, Request
 from lkspec.decoding.sampling import Sampling
 from lkspec.drafts.base import Draft
 from lkspec.drafts.eagle3 import Eagle3
-from lkspec.results import find_run, list_runs
+from lkspec.runs.folder import find_run, list_runs
 from lkspec.targets.tiny import TinyTarget
 from lkspec.targets.transformers import TransformersTarget
 from lkspec.vocab import DraftVocab

@@ -27,14 +27,15 @@ import torch
 from torch import Tensor, nn
 
 from lkspec.drafts.eagle3 import Eagle3
-from lkspec.losses import fused_rows, fused_triton
 from lkspec.losses.divergences import logit_stats
-from lkspec.losses.fused_linear import fused_token_stats
-from lkspec.losses.in_forward import InForward
+from lkspec.losses.fused import torch_rows as fused_rows
+from lkspec.losses.fused import triton_rows as fused_triton
+from lkspec.losses.fused.in_forward import InForward
+from lkspec.losses.fused.scratch import Scratch
+from lkspec.losses.fused.target_rows import Logits
+from lkspec.losses.fused.token_stats import fused_token_stats
 from lkspec.losses.objectives import LKAlpha, LKLambda, masked_sums, reduce_loss
-from lkspec.losses.scratch import Scratch
 from lkspec.losses.target_filter import TargetFilter
-from lkspec.losses.target_rows import Logits
 from lkspec.types import Batch, DecoderDims, LinearHead, TargetSpec, TargetStates
 from lkspec.vocab import DraftVocab
 
@@ -525,7 +526,7 @@ def main() -> None:
     device = torch.device(options.device)
     bench, report = Bench(TINY if options.tiny else Sizes(), device), Report(has_limits=not options.tiny)
     if device.type == "cpu":  # the package itself chooses Triton on a GPU alone
-        from lkspec.losses import fused_linear as module
+        from lkspec.losses.fused import token_stats as module
 
         module.row_functions = lambda walk, device: fused_triton  # type: ignore[assignment]
     check(bench)

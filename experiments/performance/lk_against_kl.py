@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from measuring import MIB, interleaved_seconds, peak_bytes, print_table, write_csv
 
-from lkspec.acceptance import draft_stats
 from lkspec.drafts.eagle3 import Eagle3
-from lkspec.losses.head_summary import head_summary
-from lkspec.losses.in_forward import InForward
+from lkspec.losses.fused.head_summary import head_summary
+from lkspec.losses.fused.in_forward import InForward
 from lkspec.losses.objectives import KL, LKAlpha, LKLambda, Objective, masked_sums, reduce_loss
+from lkspec.measure.walk import draft_stats
 from lkspec.types import Batch, DecoderDims, LinearHead, TargetSpec, TargetStates
 from lkspec.vocab import DraftVocab
 

@@ -27,12 +27,12 @@ import torch
 from measuring import MIB, MIN_ROUNDS, peak_bytes, print_table, write_csv
 from torch import Tensor
 
-from lkspec.acceptance import draft_stats
 from lkspec.drafts.base import UnrollOptions
 from lkspec.drafts.eagle3 import Eagle3
-from lkspec.losses.head_summary import head_summary
-from lkspec.losses.in_forward import InForward
+from lkspec.losses.fused.head_summary import head_summary
+from lkspec.losses.fused.in_forward import InForward
 from lkspec.losses.objectives import KL, LKLambda, Objective, masked_sums, reduce_loss
+from lkspec.measure.walk import draft_stats
 from lkspec.types import Batch, DecoderDims, LinearHead, TargetSpec, TargetStates
 from lkspec.vocab import DraftVocab
 

@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from measuring import MIB, interleaved_seconds, peak_bytes, print_table, write_csv
 
-from lkspec.figure_style import DPI, STYLE, WIDTH_INCHES, line_colour, line_marker, save
 from lkspec.losses.objectives import KL, LKLambda
+from lkspec.reporting.figure_style import DPI, STYLE, WIDTH_INCHES, line_colour, line_marker, save
 
 NUM_THREADS = 2
 HIDDEN = 64  # small, so that what is not a product shows

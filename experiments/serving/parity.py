@@ -17,10 +17,10 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from lkspec.assemble import TrainedRun, load_run
+from lkspec.app.application import quiet_libraries
+from lkspec.app.load import TrainedRun, load_run
 from lkspec.benchmarks.base import BenchmarkPrompt
 from lkspec.benchmarks.mini import SUITES, Mini
-from lkspec.config import quiet_libraries
 from lkspec.decoding.chain import ChainDecoder, Completion, Request
 from lkspec.decoding.sampling import Sampling
 from lkspec.engines.vllm_engine import VllmEngine
@@ -28,8 +28,8 @@ from lkspec.export.base import WriteOptions
 from lkspec.export.reading import Pretrained
 from lkspec.export.verify import RealText, largest_q_difference
 from lkspec.export.writing import layout_for, write_export
-from lkspec.metrics import PromptRounds, acceptance_metrics, group_counts, paired_difference_interval
-from lkspec.results import find_run
+from lkspec.measure.metrics import PromptRounds, acceptance_metrics, group_counts, paired_difference_interval
+from lkspec.runs.folder import find_run
 
 Q_TOLERANCE = 1e-4
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from lkspec.figure_style import save
 from lkspec.losses.objectives import KL, TV, LKAlpha, LKLambda, Objective, ReverseKL
+from lkspec.reporting.figure_style import save
 from lkspec.theory import fit_gaussian, gradient_norms, landscape
 from lkspec.theory_contexts import agreement, best_draft, shared_draft, sharpening, zipf_contexts
 from lkspec.theory_figures import fits_figure, gradient_norms_figure, landscapes_figure, shared_drafts_figure

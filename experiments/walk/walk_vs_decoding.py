@@ -14,14 +14,14 @@ import csv
 import time
 from pathlib import Path
 
-from lkspec.acceptance import walk_texts
-from lkspec.assemble import TrainedRun, load_run
-from lkspec.config import instantiate, quiet_libraries
+from lkspec.app.application import instantiate, quiet_libraries
+from lkspec.app.load import TrainedRun, load_run
 from lkspec.data.chat import Encoded
 from lkspec.decoding.chain import ChainDecoder, Request
 from lkspec.decoding.sampling import Sampling
-from lkspec.metrics import PromptRounds, group_counts, paired_difference_interval
-from lkspec.results import find_run
+from lkspec.measure.metrics import PromptRounds, group_counts, paired_difference_interval
+from lkspec.measure.walk import walk_texts
+from lkspec.runs.folder import find_run
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from lkspec.decoding.rejection import Verdict, verify_greedy, verify_round
 from lkspec.decoding.rows import Row
 from lkspec.decoding.sampling import Sampling, invert_cdf
 from lkspec.drafts.base import Draft
-from lkspec.kv_cache import PositionCache
+from lkspec.nn.kv_cache import PositionCache
 from lkspec.targets.base import Target
 from lkspec.types import FreshStates, Proposal, TargetStates, stack_rows
 from lkspec.vocab import DraftVocab

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lkspec.attention import CausalMask, Own, Unrolled, attend
 from lkspec.drafts.base import Draft
 from lkspec.drafts.layers import (
     INIT_STD,
@@ -27,7 +26,8 @@ from lkspec.drafts.layers import (
     rotate,
     visible_anchors,
 )
-from lkspec.kv_cache import PositionCache
+from lkspec.nn.attention import CausalMask, Own, Unrolled, attend
+from lkspec.nn.kv_cache import PositionCache
 from lkspec.types import Batch, DecoderDims, DraftSampler, FreshStates, LinearHead, TargetSpec, TargetStates
 from lkspec.vocab import DraftVocab
 

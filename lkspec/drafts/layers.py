@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lkspec.attention import CausalMask
 from lkspec.drafts.base import UnrollOptions
+from lkspec.nn.attention import CausalMask
 from lkspec.types import Batch, TargetSpec
 from lkspec.vocab import DraftVocab
 

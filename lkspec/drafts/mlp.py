@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lkspec.drafts.base import Draft
 from lkspec.drafts.layers import init_head, shifted
-from lkspec.kv_cache import PositionCache
+from lkspec.nn.kv_cache import PositionCache
 from lkspec.types import Batch, DraftSampler, FreshStates, LinearHead, TargetSpec, TargetStates
 from lkspec.vocab import DraftVocab
 

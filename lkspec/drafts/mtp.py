@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lkspec.attention import CausalMask, Own, Unrolled
 from lkspec.drafts.base import Draft
 from lkspec.drafts.layers import RMSNorm, linear, shifted, visible_anchors
-from lkspec.kv_cache import PositionCache
+from lkspec.nn.attention import CausalMask, Own, Unrolled
+from lkspec.nn.kv_cache import PositionCache
 from lkspec.types import Batch, DraftSampler, FreshStates, LinearHead, TargetSpec, TargetStates
 from lkspec.vocab import DraftVocab
 

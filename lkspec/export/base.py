@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lkspec.drafts.base import Draft
+from lkspec.export.tensor_folder import TensorFolder
 from lkspec.targets.base import Target
-from lkspec.tensor_folder import TensorFolder
 
 _WRAPPERS = ("speculator.", "model.")
 

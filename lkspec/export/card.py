@@ -17,7 +17,7 @@ from lkspec.drafts.medusa import Medusa
 from lkspec.drafts.mlp import MLPSpeculator
 from lkspec.export.base import ServeCommand
 from lkspec.export.writing import Export
-from lkspec.result_rows import ResultRow
+from lkspec.runs.rows import ResultRow
 from lkspec.targets.base import Target
 
 _PAPERS = {

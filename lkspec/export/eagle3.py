@@ -30,9 +30,9 @@ from lkspec.export.base import (
     whole_config,
     write_checkpoint,
 )
+from lkspec.export.tensor_folder import TensorFolder
 from lkspec.targets.base import Target, default_aux_layer_ids
 from lkspec.targets.dims import dims_from_words, llama_words
-from lkspec.tensor_folder import TensorFolder
 from lkspec.types import DecoderDims
 
 _LAYER_ALIAS = "layers.0."

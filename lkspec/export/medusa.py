@@ -24,8 +24,8 @@ from lkspec.export.base import (
     whole_config,
     write_checkpoint,
 )
+from lkspec.export.tensor_folder import TensorFolder
 from lkspec.targets.base import Target
-from lkspec.tensor_folder import TensorFolder
 from lkspec.vocab import DraftVocab
 
 _VLLM_PREFIX = "medusa_heads."

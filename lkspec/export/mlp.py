@@ -15,8 +15,8 @@ from torch import Tensor
 from lkspec.drafts.base import Draft
 from lkspec.drafts.mlp import MLPSpeculator
 from lkspec.export.base import Layout, Reader, ServeCommand, WriteOptions, dtype_name, whole_config, write_checkpoint
+from lkspec.export.tensor_folder import TensorFolder
 from lkspec.targets.base import Target
-from lkspec.tensor_folder import TensorFolder
 
 _PREFIX = "speculator."
 _PARTS = {"proj": ("weight",), "ln": ("weight", "bias"), "heads": ("weight",), "emb": ("weight",)}

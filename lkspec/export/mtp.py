@@ -22,8 +22,8 @@ from torch import Tensor
 from lkspec.drafts.base import Draft
 from lkspec.drafts.mtp import MTP
 from lkspec.export.base import Layout, ServeCommand, WriteOptions, same_as_target, write_checkpoint
+from lkspec.export.tensor_folder import DEFAULT_BLOCK, INDEX, TensorFolder, quantised
 from lkspec.targets.base import Target
-from lkspec.tensor_folder import DEFAULT_BLOCK, INDEX, TensorFolder, quantised
 
 _MODULE_FILE = "model-mtp.safetensors"
 _OUR_LAYER = "layer.layer."

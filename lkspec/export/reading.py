@@ -18,9 +18,9 @@ from lkspec.export.medusa import OriginalMedusa, VllmMedusa
 from lkspec.export.mlp import FmsMLP
 from lkspec.export.mtp import NativeMTP
 from lkspec.export.speculators import SpeculatorsEagle3
+from lkspec.export.tensor_folder import TensorFolder
 from lkspec.targets.base import Target
 from lkspec.targets.dims import with_layer
-from lkspec.tensor_folder import TensorFolder
 from lkspec.vocab import DraftVocab
 
 LAYOUTS: tuple[Layout, ...] = (

@@ -14,8 +14,8 @@ from lkspec.drafts.base import Draft
 from lkspec.drafts.eagle3 import Eagle3
 from lkspec.export.base import ServeCommand, WriteOptions, dtype_name, whole_config, write_checkpoint
 from lkspec.export.eagle3 import PlainEagle3, layer_words, stored_tensors, vllm_command
+from lkspec.export.tensor_folder import TensorFolder
 from lkspec.targets.base import Target
-from lkspec.tensor_folder import TensorFolder
 
 VERSION = "0.9.0"  # of the library, whose format this is
 

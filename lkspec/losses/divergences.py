@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lkspec.losses.served_rows import served_rows
+from lkspec.losses.fused.served_rows import served_rows
 from lkspec.losses.target_filter import TargetFilter
 from lkspec.types import LinearHead, TokenStats
 from lkspec.vocab import DraftVocab

@@ -17,7 +17,7 @@ from lkspec.reporting.decoded import all_rounds, decoded, measured_speed, per_de
 from lkspec.reporting.held_out import alpha, walk
 from lkspec.reporting.labels import objective_label
 from lkspec.reporting.series import Series
-from lkspec.results import RunFolder
+from lkspec.runs.folder import RunFolder
 
 #: What a table may show, by name.
 MEASURES: dict[str, Callable[[RunFolder], Iterator[Series]]] = {

@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 
 from lkspec.reporting.series import About, Series, about_run, make_series, sums_by
-from lkspec.result_rows import SETTING, ResultRow, content_hash
-from lkspec.results import RunFolder
+from lkspec.runs.folder import RunFolder
+from lkspec.runs.rows import SETTING, ResultRow, content_hash
 
 #: Splits rounds of a setting with K drafted tokens into (depth, numerator, denominator), one of each a round.
 Count = Callable[[pd.DataFrame, int], Iterator[tuple[int, Any, Any]]]

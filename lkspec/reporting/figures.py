@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lkspec.figure_style import DPI, GREY, STYLE, WIDTH_INCHES, line_colour, line_marker
+from lkspec.reporting.figure_style import DPI, GREY, STYLE, WIDTH_INCHES, line_colour, line_marker
 from lkspec.reporting.intervals import Estimate
 from lkspec.reporting.model import OURS, Row, Table
 from lkspec.reporting.renderers.text import column_name

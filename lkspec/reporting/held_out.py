@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from lkspec.reporting.series import About, Series, about_run, make_series, sums_by
-from lkspec.result_rows import content_hash
-from lkspec.results import RunFolder
+from lkspec.runs.folder import RunFolder
+from lkspec.runs.rows import content_hash
 
 HELD_OUT = "held_out"  # what the validation conversations are called where benchmarks have names
 

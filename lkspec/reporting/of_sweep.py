@@ -11,7 +11,7 @@ from lkspec.reporting.counts import read_series
 from lkspec.reporting.layout import Layout
 from lkspec.reporting.model import Table
 from lkspec.reporting.tables import build_table
-from lkspec.results import RunFolder
+from lkspec.runs.folder import RunFolder
 
 _NOT_SETTINGS = ("seed", "run_root", "hydra")  # no rows: means are over seeds
 _BASELINE = "kl"

@@ -13,7 +13,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from lkspec.reporting.labels import objective_label
-from lkspec.results import RunFolder
+from lkspec.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)

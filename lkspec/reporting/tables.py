@@ -18,7 +18,7 @@ from lkspec.reporting.layout import Layout, chosen
 from lkspec.reporting.model import OURS, PAPER, Cell, Row, Table
 from lkspec.reporting.paper import PaperTable
 from lkspec.reporting.series import Series
-from lkspec.results import RunFolder
+from lkspec.runs.folder import RunFolder
 
 
 def build_table(runs: Sequence[RunFolder], layout: Layout) -> Table:

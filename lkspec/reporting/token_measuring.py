@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lkspec.acceptance import draft_stats
-from lkspec.assemble import TrainedRun, load_run
-from lkspec.config import instantiate
+from lkspec.app.application import instantiate
+from lkspec.app.load import TrainedRun, load_run
 from lkspec.data.chat import Encoded
 from lkspec.data.dataset import collate
-from lkspec.results import RunFolder
-from lkspec.token_rows import TokenRow
+from lkspec.measure.walk import draft_stats
+from lkspec.runs.folder import RunFolder
+from lkspec.runs.token_rows import TokenRow
 from lkspec.types import LinearHead
 
 _CHUNK = 256  # target rows whose logits are alive together

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lkspec.reporting.display import Html
-from lkspec.results import RunFolder
+from lkspec.runs.folder import RunFolder
 
 _KINDS = (
     ("line break", r"\s*\n\s*"),

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lkspec.kv_cache import PositionCache
+from lkspec.nn.kv_cache import PositionCache
 from lkspec.types import Batch, LinearHead, TargetSpec, TargetStates
 
 MIN_LAYERS_FOR_DEFAULT_AUX = 7

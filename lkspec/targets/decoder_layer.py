@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lkspec.attention import Unrolled, attend
+from lkspec.nn.attention import Unrolled, attend
 
 ATTENTION = "lkspec"  # the name under which transformers' layers find the attention below
 
@@ -18,7 +18,7 @@ ATTENTION = "lkspec"  # the name under which transformers' layers find the atten
 class StandaloneLayer(nn.Module):
     """A decoder layer with its rotary embedding, trainable in float32.
 
-    In the training-time test one ``lkspec.attention.Unrolled`` is its mask and its cache. With a tensor as the mask,
+    In the training-time test one ``lkspec.nn.attention.Unrolled`` is its mask and its cache. With a tensor as the mask,
     keys beyond its columns are keys of each query's own, S slots a depth.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from lkspec.files import atomic_dir
-from lkspec.kv_cache import PositionCache
+from lkspec.nn.kv_cache import PositionCache
 from lkspec.targets.base import MIN_LAYERS_FOR_DEFAULT_AUX, default_aux_layer_ids
 from lkspec.targets.decoder_layer import StandaloneLayer
 from lkspec.targets.dims import decoder_dims

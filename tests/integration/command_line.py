@@ -19,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.singleton import Singleton
 
 from lkspec import cli
-from lkspec.results import RunFolder
+from lkspec.runs.folder import RunFolder
 
 REPOSITORY = Path(__file__).parents[2]
 CPU = ("target.device=cpu", "trainer.accelerator=cpu")

@@ -25,7 +25,7 @@ from command_line import (
 )
 
 from lkspec.cli import VERBS
-from lkspec.results import RunFolder
+from lkspec.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ class TestHelp:
     @pytest.mark.slow
     def test_each_verb_is_also_a_module(self, tmp_path):
         for verb in ("train", "inspect"):
-            outcome = run_process([sys.executable, "-m", f"lkspec.{verb}", "--help"], cwd=tmp_path)
+            outcome = run_process([sys.executable, "-m", f"lkspec.commands.{verb}", "--help"], cwd=tmp_path)
             assert outcome.code == 0, outcome.err
             assert outcome.out.startswith(f"lkspec {verb}: ")
         assert not list(tmp_path.iterdir())
@@ -445,10 +445,10 @@ def test_an_installed_wheel_brings_its_configuration(tmp_path):
     assert outcome.code == 0, outcome.err
     with zipfile.ZipFile(next(built.glob("lkspec-*.whl"))) as wheel:
         wheel.extractall(installed)
-    train = [sys.executable, "-m", "lkspec.train", *TINY_RUN, *NO_EVALUATION, "trainer.max_steps=1"]
+    train = [sys.executable, "-m", "lkspec.commands.train", *TINY_RUN, *NO_EVALUATION, "trainer.max_steps=1"]
     outcome = run_process(train, cwd=empty, python_path=str(installed))
     assert outcome.code == 0, outcome.err
     assert "commit: none" in (only_run(empty / "runs") / "git.txt").read_text()
-    where = "import lkspec.config; print(lkspec.config.config_dir())"
+    where = "import lkspec.app.application; print(lkspec.app.application.config_dir())"
     found = run_process([sys.executable, "-c", where], cwd=empty, python_path=str(installed))
     assert found.out.strip() == str(installed / "lkspec" / "conf")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from command_line import BRIEF_EVALUATION, TINY_RUN, Outcome, assert_same_training, logged, only_run, run_process
 
-from lkspec.results import RunFolder
+from lkspec.runs.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -73,14 +73,16 @@ def test_processes_resume_together(tmp_path, together):
     run = only_run(tmp_path / "runs")
     (run / "checkpoints" / "step=4.ckpt").unlink()
     assert RunFolder(run).last_checkpoint.name == "step=3.ckpt"
-    outcome = run_process([sys.executable, "-m", "lkspec.train", "resume=latest"], cwd=tmp_path)
+    outcome = run_process([sys.executable, "-m", "lkspec.commands.train", "resume=latest"], cwd=tmp_path)
     assert outcome.code == 0, outcome.err
     last = logged(together[0], "train/loss")[3]
     assert logged(run, "train/loss") == pytest.approx({3: last}, abs=1e-6)
 
 
 def test_an_error_in_two_processes_ends_both(tmp_path):
-    outcome = run_process([sys.executable, "-m", "lkspec.train", *RUN, *TWO_PROCESSES, "optimizer.lr=-1"], cwd=tmp_path)
+    outcome = run_process(
+        [sys.executable, "-m", "lkspec.commands.train", *RUN, *TWO_PROCESSES, "optimizer.lr=-1"], cwd=tmp_path
+    )
     assert outcome.code == 2
     assert "Error: " in outcome.err
     assert "Traceback" not in outcome.err

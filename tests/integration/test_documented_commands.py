@@ -19,8 +19,8 @@ from hydra.core.override_parser.types import Override
 from hydra.core.singleton import Singleton
 from omegaconf import OmegaConf
 
+from lkspec.app.application import config_dir
 from lkspec.cli import VERBS
-from lkspec.config import config_dir
 
 README_FILES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("experiments/*/README.md"))]
 ENTRY_FILES = sorted(path for path in (REPOSITORY / "conf").glob("*.yaml"))

@@ -16,8 +16,8 @@ from engine_stub import EngineStub, running
 from lkspec.benchmarks.mini import Mini
 from lkspec.decoding.chain import ChainDecoder, Request
 from lkspec.decoding.sampling import Sampling
-from lkspec.result_rows import ResultRow
-from lkspec.results import RunFolder, list_runs
+from lkspec.runs.folder import RunFolder, list_runs
+from lkspec.runs.rows import ResultRow
 from lkspec.targets.tiny import TinyTarget
 
 pytestmark = pytest.mark.slow

@@ -13,9 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.singleton import Singleton
 from omegaconf import DictConfig, OmegaConf
 
-from lkspec.config import config_dir, resolved
-from lkspec.jobs import outcome_config
-from lkspec.result_rows import content_hash
+from lkspec.app.application import config_dir, resolved
+from lkspec.app.job import outcome_config
+from lkspec.runs.rows import content_hash
 
 EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
 ABLATIONS = [name for name in EXPERIMENTS if name.startswith("ablation_")]

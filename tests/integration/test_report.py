@@ -14,7 +14,7 @@ from report_runs import make_study
 from lkspec.data.tiny import tiny_rows
 from lkspec.reporting.counts import read_series
 from lkspec.reporting.token_measuring import measure_tokens
-from lkspec.results import list_runs
+from lkspec.runs.folder import list_runs
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,12 @@ from command_line import (
 )
 from test_resume import KILL_ONCE
 
-from lkspec import jobs, opening
+from lkspec.app import job as jobs
+from lkspec.app import start as opening
+from lkspec.app.job import held
+from lkspec.app.sweeps import KEPT_JOURNAL, read_journal
 from lkspec.data.datamodule import SpeculatorDataModule
-from lkspec.jobs import held
-from lkspec.results import RunFolder
-from lkspec.sweeps import KEPT_JOURNAL, read_journal
+from lkspec.runs.folder import RunFolder
 from lkspec.targets.tiny import TinyTarget
 
 SWEEP = (*TINY_RUN, *NO_EVALUATION, "draft=mlp", "trainer.max_steps=2", "on_existing=continue")
@@ -199,7 +200,7 @@ def test_parallel_jobs_take_a_device_each(lkspec_cli, monkeypatch, tmp_path):
 
 
 def test_a_launcher_whose_plugin_is_not_installed(lkspec_cli, monkeypatch):
-    monkeypatch.setattr("lkspec.sweeps.find_spec", lambda name: None)
+    monkeypatch.setattr("lkspec.app.sweeps.find_spec", lambda name: None)
     line = lkspec_cli("train", "-m", *SWEEP, "seed=0,1", "hydra/launcher=joblib").error_line
     assert "lkspec[sweeps]" in line
 

@@ -22,7 +22,7 @@ from command_line import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lkspec.drafts.eagle3 import Eagle3
-from lkspec.results import RunFolder
+from lkspec.runs.folder import RunFolder
 from lkspec.vocab import DraftVocab
 
 # mtp_native needs a target that ships a module, pretrained a checkpoint: tests/unit/drafts, test_export.py.

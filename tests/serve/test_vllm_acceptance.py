@@ -18,7 +18,7 @@ from lkspec.drafts.medusa import Medusa
 from lkspec.engines.vllm_engine import VllmEngine
 from lkspec.export.base import WriteOptions
 from lkspec.export.writing import layout_for, write_export
-from lkspec.metrics import PromptRounds, acceptance_metrics, group_counts, paired_difference_interval
+from lkspec.measure.metrics import PromptRounds, acceptance_metrics, group_counts, paired_difference_interval
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
 

@@ -9,15 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LEAVES = {f"lkspec.{name}" for name in ("types", "vocab", "kv_cache", "files", "attention", "tensor_folder")}
+LEAVES = {f"lkspec.{name}" for name in ("types", "vocab", "files")}
 PROTOCOLS = {"lkspec.drafts.base", "lkspec.targets.base"}
 PACKAGES = ("losses", "drafts", "targets", "data", "benchmarks", "decoding")
-VERBS = ("train", "evaluate", "generate", "inspect", "show", "capture", "duel", "report", "export.__main__")
-ENTRY_POINTS = {f"lkspec.{name}" for name in VERBS}
-MAY_IMPORT_HYDRA = ENTRY_POINTS | {
-    f"lkspec.{name}" for name in ("config", "assemble", "builders", "opening", "serving", "sweeps")
-}
-MAY_IMPORT_LIGHTNING = {"lkspec.module", "lkspec.data.datamodule", "lkspec.opening", "lkspec.train"}
 NOT_ARCHITECTURES = {f"lkspec.drafts{name}" for name in ("", ".base", ".layers")}
 
 
@@ -97,9 +91,17 @@ def late():
 
 
 def test_the_modules_under_test_are_there():
-    named = LEAVES | PROTOCOLS | MAY_IMPORT_HYDRA | MAY_IMPORT_LIGHTNING | NOT_ARCHITECTURES
-    assert named <= set(FILES)
-    assert all(len(within(f"lkspec.{package}")) > 1 for package in PACKAGES)
+    assert set(FILES) >= LEAVES | PROTOCOLS | NOT_ARCHITECTURES
+    assert all(len(within(f"lkspec.{package}")) > 1 for package in (*PACKAGES, "nn", "app", "commands", "training"))
+
+
+def test_few_modules_lie_flat():
+    flat = {module for module in FILES if FILES[module].parent == ROOT / "lkspec"}
+    assert flat - {"lkspec.theory", "lkspec.theory_contexts", "lkspec.theory_figures"} == {
+        "lkspec",
+        "lkspec.cli",
+        *LEAVES,
+    }
 
 
 def test_imports_of_ours_lead_to_modules():
@@ -111,31 +113,42 @@ def test_leaves_import_nothing_of_ours(module):
     assert ours(module) == set()
 
 
+def test_nn_imports_nothing_else_of_ours():
+    assert set().union(*(ours(module) for module in within("lkspec.nn"))) <= LEAVES | set(within("lkspec.nn"))
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_packages_import_leaves_protocols_and_themselves_only(package):
     own = within(f"lkspec.{package}")
-    allowed = LEAVES | PROTOCOLS | set(own)
+    allowed = LEAVES | PROTOCOLS | set(own) | set(within("lkspec.nn"))
     assert {module: ours(module) - allowed for module in own if ours(module) - allowed} == {}
 
 
 def test_export_knows_drafts_and_how_they_are_decoded_but_nothing_of_training():
-    own = set(within("lkspec.export")) - ENTRY_POINTS
+    own = set(within("lkspec.export"))
     below = {name for package in ("drafts", "decoding", "benchmarks") for name in within(f"lkspec.{package}")}
-    allowed = LEAVES | PROTOCOLS | own | below | {"lkspec.targets.dims", "lkspec.result_rows"}
+    allowed = LEAVES | PROTOCOLS | own | below | {"lkspec.targets.dims", "lkspec.runs.rows"}
     assert {module: ours(module) - allowed for module in own if ours(module) - allowed} == {}
     assert "lkspec.export.reading" in own
 
 
-def test_only_entry_points_know_hydra():
+def test_only_commands_and_what_they_share_know_hydra():
     users = {module for module in FILES if libraries(module) & {"hydra", "omegaconf"}}
-    assert users - MAY_IMPORT_HYDRA == set()
-    assert "lkspec.train" in users
+    assert users - set(within("lkspec.commands")) - set(within("lkspec.app")) == set()
+    assert "lkspec.app.application" in users
 
 
-def test_only_module_callbacks_datamodule_and_train_know_lightning():
+def test_only_commands_import_what_they_share():
+    app, commands = set(within("lkspec.app")), set(within("lkspec.commands"))
+    users = {module for module in FILES if ours(module) & app}
+    assert users - app - commands - {"lkspec.reporting.token_measuring"} == set()
+
+
+def test_only_training_and_the_datamodule_know_lightning():
     users = {module for module in FILES if libraries(module) & {"lightning", "pytorch_lightning"}}
-    assert users - MAY_IMPORT_LIGHTNING - set(within("lkspec.callbacks")) == set()
-    assert "lkspec.module" in users
+    todo = {"lkspec.commands.train", "lkspec.app.start"}
+    assert users - set(within("lkspec.training")) - {"lkspec.data.datamodule"} - todo == set()
+    assert "lkspec.training.module" in users
 
 
 @pytest.mark.parametrize("module", within("lkspec.benchmarks"))

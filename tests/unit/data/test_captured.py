@@ -21,7 +21,7 @@ from lkspec.data.capture_format import DamagedShardError, bytes_per_token
 from lkspec.data.captured import CapturedStates, capture_writer, store_keys
 from lkspec.data.chat import Encoded
 from lkspec.data.dataset import EncodedStore, collate
-from lkspec.losses.head_summary import head_summary
+from lkspec.losses.fused.head_summary import head_summary
 from lkspec.targets.memory import RememberedStates
 from lkspec.types import TargetStates
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lkspec.acceptance import walk_rows
 from lkspec.decoding.walk import TurnWalks, WalkCount, walk_turns
+from lkspec.measure.walk import walk_rows
 from lkspec.types import Batch, TokenStats
 
 

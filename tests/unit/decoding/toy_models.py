@@ -15,7 +15,7 @@ from torch import Tensor
 from lkspec.decoding.chain import BONUS, PREFILL, ChainDecoder, Completion, Request
 from lkspec.decoding.sampling import Sampling, row_generator
 from lkspec.drafts.base import Draft
-from lkspec.kv_cache import PositionCache
+from lkspec.nn.kv_cache import PositionCache
 from lkspec.types import DraftSampler, FreshStates, LinearHead, Round, TargetStates
 from lkspec.vocab import DraftVocab
 

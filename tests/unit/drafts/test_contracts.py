@@ -9,7 +9,7 @@ import torch
 from draft_cases import CASES, Case, batch_for, conversation, half_vocab, make_draft, unrolled
 from torch import Tensor
 
-from lkspec.acceptance import draft_stats
+from lkspec.measure.walk import draft_stats
 from lkspec.targets.tiny import TinyTarget
 from lkspec.types import LinearHead
 from lkspec.vocab import DraftVocab

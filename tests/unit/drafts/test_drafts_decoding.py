@@ -17,7 +17,7 @@ from torch import Tensor
 from lkspec.decoding.chain import ChainDecoder, Completion, Request
 from lkspec.decoding.sampling import Sampling
 from lkspec.drafts.base import Draft
-from lkspec.kv_cache import PositionCache
+from lkspec.nn.kv_cache import PositionCache
 from lkspec.targets.tiny import TinyTarget
 from lkspec.types import Batch, DraftSampler, FreshStates, TargetStates, stack_rows
 from lkspec.vocab import DraftVocab

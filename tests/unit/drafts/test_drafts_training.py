@@ -10,11 +10,11 @@ import torch
 from draft_cases import Case, batch_for, half_vocab, make_draft, unrolled
 from torch import Tensor
 
-from lkspec.acceptance import draft_stats
 from lkspec.drafts.base import Draft
 from lkspec.losses import objectives
-from lkspec.losses.in_forward import InForward
+from lkspec.losses.fused.in_forward import InForward
 from lkspec.losses.objectives import LKLambda, Objective, masked_sums, reduce_loss
+from lkspec.measure.walk import draft_stats
 from lkspec.targets.tiny import TinyTarget
 from lkspec.types import LinearHead, TargetSpec
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lkspec.decoding.chain import ChainDecoder, Completion, Request
 from lkspec.decoding.sampling import Sampling
 from lkspec.drafts.mtp import MTP
-from lkspec.kv_cache import PositionCache
+from lkspec.nn.kv_cache import PositionCache
 from lkspec.targets.tiny import byte_tokenizer
 from lkspec.targets.transformers import TransformersTarget
 from lkspec.types import Batch, DraftSampler, FreshStates

@@ -15,7 +15,7 @@ from lkspec.decoding.chain import Request
 from lkspec.decoding.sampling import Sampling
 from lkspec.engines.rounds import counted_rounds
 from lkspec.engines.vllm_engine import VllmEngine
-from lkspec.metrics import PromptRounds, acceptance_metrics
+from lkspec.measure.metrics import PromptRounds, acceptance_metrics
 
 FAKE = Path(__file__).parents[2] / "fake_vllm"
 REQUESTS = [Request("a", 0, (1, 2, 3), 5), Request("b", 0, (4, 5), 6)]

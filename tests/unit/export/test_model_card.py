@@ -17,7 +17,7 @@ from lkspec.export.base import WriteOptions
 from lkspec.export.card import Facts, model_card, newest
 from lkspec.export.eagle3 import PlainEagle3
 from lkspec.export.writing import Export
-from lkspec.result_rows import ResultRow
+from lkspec.runs.rows import ResultRow
 from lkspec.targets.tiny import TinyTarget
 
 ROW = ResultRow(

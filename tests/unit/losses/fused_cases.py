@@ -11,9 +11,9 @@ from naive_stats import naive_stats
 from torch import Tensor
 
 from lkspec.losses.divergences import token_stats
-from lkspec.losses.fused_linear import fused_token_stats
-from lkspec.losses.head_summary import head_summary
-from lkspec.losses.in_forward import InForward
+from lkspec.losses.fused.head_summary import head_summary
+from lkspec.losses.fused.in_forward import InForward
+from lkspec.losses.fused.token_stats import fused_token_stats
 from lkspec.losses.objectives import Objective
 from lkspec.types import Batch, HeadSummary, LinearHead, TokenStats
 from lkspec.vocab import DraftVocab

@@ -25,7 +25,7 @@ from naive_stats import lk_gradient
 from torch import Tensor
 
 from lkspec.losses.divergences import LOG_ZERO
-from lkspec.losses.in_forward import InForward
+from lkspec.losses.fused.in_forward import InForward
 from lkspec.losses.objectives import jensen_shannon
 from lkspec.types import LinearHead
 from lkspec.vocab import DraftVocab

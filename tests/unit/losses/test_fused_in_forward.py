@@ -27,7 +27,7 @@ from fused_cases import (
 from torch import Tensor
 
 from lkspec.losses.expected_length import ExpectedLength
-from lkspec.losses.in_forward import InForward
+from lkspec.losses.fused.in_forward import InForward
 from lkspec.losses.objectives import (
     KL,
     TV,

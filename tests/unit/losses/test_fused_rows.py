@@ -26,11 +26,12 @@ from fused_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lkspec.losses import chunk_walk, target_rows
-from lkspec.losses.chunk_walk import chunk_rows
-from lkspec.losses.fused_rows import EXACT_BELOW
+from lkspec.losses.fused import chunks as chunk_walk
+from lkspec.losses.fused import target_rows
+from lkspec.losses.fused.chunks import chunk_rows
+from lkspec.losses.fused.target_rows import _largest
+from lkspec.losses.fused.torch_rows import EXACT_BELOW
 from lkspec.losses.objectives import LKAlpha, LKLambda, reduce_loss
-from lkspec.losses.target_rows import _largest
 from lkspec.types import LinearHead
 from lkspec.vocab import DraftVocab
 

@@ -35,12 +35,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lkspec.losses import fused_linear, fused_rows
 from lkspec.losses.divergences import LOG_ZERO, logit_stats
+from lkspec.losses.fused import token_stats as fused_linear
+from lkspec.losses.fused import torch_rows as fused_rows
+from lkspec.losses.fused.scratch import Scratch
+from lkspec.losses.fused.target_rows import Logits
 from lkspec.losses.objectives import LKAlpha, LKLambda, Objective, jensen_shannon, reduce_loss
-from lkspec.losses.scratch import Scratch
 from lkspec.losses.target_filter import TargetFilter
-from lkspec.losses.target_rows import Logits
 from lkspec.types import HeadSummary, LinearHead, TokenStats
 from lkspec.vocab import DraftVocab
 
@@ -66,7 +67,7 @@ def place(request: pytest.FixtureRequest) -> Place:
         pytest.skip("no GPU, or TRITON_INTERPRET=1")
     if request.param == "cpu" and not interpreted:
         pytest.skip("a GPU is here: the same tests run on it")
-    return Place(importlib.import_module("lkspec.losses.fused_triton"), request.param)
+    return Place(importlib.import_module("lkspec.losses.fused.triton_rows"), request.param)
 
 
 @pytest.fixture
@@ -367,7 +368,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lkspec.losses import triton_kernels
+from lkspec.losses.fused import triton_kernels
 
 INTEGERS = {"num_rows", "width", "target_width", "draft_width"}
 FLOATS = {"scale", "draft_scale", "target_scale", "factor"}

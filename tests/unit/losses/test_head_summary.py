@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lkspec.losses.divergences import LOG_ZERO
-from lkspec.losses.head_summary import head_summary
+from lkspec.losses.fused.head_summary import head_summary
 from lkspec.losses.objectives import JensenShannon, LKAlpha, LKLambda, Objective, reduce_loss
 from lkspec.types import HeadSummary, LinearHead
 from lkspec.vocab import DraftVocab

@@ -11,7 +11,7 @@ import pytest
 from nbclient import NotebookClient
 from report_runs import make_study, store_tokens
 
-from lkspec.results import RunFolder
+from lkspec.runs.folder import RunFolder
 
 FOLDER = Path(__file__).parents[3] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

@@ -7,7 +7,7 @@ import shlex
 import pytest
 from report_runs import decoded, make_run, make_study, measure, walk_held_out
 
-from lkspec.metrics import paired_difference_interval
+from lkspec.measure.metrics import paired_difference_interval
 from lkspec.reporting.counts import find_runs, frame, read_series, results_frame
 from lkspec.reporting.labels import objective_label, published_overrides
 from lkspec.reporting.layout import Layout

@@ -9,7 +9,7 @@ import torch
 from target_batches import random_tokens
 from torch import Tensor
 
-from lkspec.kv_cache import PositionCache
+from lkspec.nn.kv_cache import PositionCache
 from lkspec.targets.decoder_layer import StandaloneLayer
 from lkspec.targets.tiny import TinyTarget
 

@@ -8,7 +8,7 @@ from target_batches import KINDS, alone, assert_states_close, padded, random_tok
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
-from lkspec.kv_cache import PositionCache
+from lkspec.nn.kv_cache import PositionCache
 from lkspec.targets.tiny import TinyTarget, byte_tokenizer
 from lkspec.targets.transformers import TransformersTarget
 from lkspec.types import TargetStates

@@ -1,0 +1,52 @@
+"""``lkspec inspect``: prints conversations as the target reads them, supervised tokens coloured."""
+
+from __future__ import annotations
+
+import random
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.rule import Rule
+from rich.text import Text
+
+from lkspec.app.application import entry_point, instantiate
+from lkspec.data.chat import colour_spans
+from lkspec.data.datamodule import SpeculatorDataModule
+from lkspec.targets.base import Target
+
+console = Console()
+
+
+@entry_point("inspect")
+def main(config: DictConfig) -> None:
+    """Shows a few training conversations and counts what is supervised."""
+    target: Target = instantiate(config.target)
+    data: SpeculatorDataModule = instantiate(config.data)
+    data.bind(target.tokenizer, eos_ids=target.eos_ids, max_positions=target.max_positions)
+    data.setup()
+    conversations = [data.train_set[index] for index in range(data.num_conversations)]
+    if config.ids:
+        known = {conversation.id: conversation for conversation in conversations}
+        missing = [name for name in config.ids if name not in known]
+        if missing:
+            raise ValueError(f"ids: the training data has no conversation named {', '.join(missing)}")
+        chosen = [known[name] for name in config.ids]
+    else:
+        number = min(config.num_examples, len(conversations))
+        chosen = [conversations[i] for i in random.Random(config.seed).sample(range(len(conversations)), number)]
+    for conversation in chosen:
+        num_tokens = len(conversation.tokens)
+        console.print(Rule(Text(f"{conversation.id}: {conversation.num_supervised} of {num_tokens} tokens supervised")))
+        console.print(colour_spans(target.tokenizer, conversation))
+    console.print(Rule())
+    read = data.encoded
+    total = sum(len(conversation.tokens) for conversation in conversations)
+    console.print(
+        f"{data.num_conversations:,} conversations, {total:,} tokens, {data.num_supervised_tokens:,} supervised "
+        f"({data.num_supervised_tokens / total:.0%}); coloured: supervised, dim: read only. {read.num_bad_rows} bad "
+        f"rows skipped, {read.num_dropped} conversations without an answer dropped"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""``lkspec evaluate answers=...``: a run's walk along answers that are there; nothing is decoded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lkspec.app.application import instantiate
+from lkspec.app.load import PRETRAINED_KEY, TrainedRun
+from lkspec.data.capture_format import MANIFEST
+from lkspec.data.captured import CapturedStates
+from lkspec.data.dataset import EncodedStore
+from lkspec.data.tokenised import read_tokenised
+from lkspec.measure.metrics import paired_difference_interval
+from lkspec.measure.walk import walk_answers
+from lkspec.runs.walk_rows import WalkRow
+from lkspec.types import Batch, TargetStates, check_sharpness
+
+OWN = "held_out"  # in place of a file: the answers that a run was validated on
+
+
+def walk_run(
+    run: TrainedRun,
+    answers: Sequence[str],
+    *,
+    num_draft_tokens: int,
+    sharpness: Sequence[float],
+    console: Console,
+) -> None:
+    """Walks along answers with q^s for each s, adds the rows to the run's and shows tau.
+
+    Args:
+        run: draft and target.
+        answers: files that say at which temperature the target wrote each answer, or ``held_out``.
+        num_draft_tokens: the largest K for a draft that shares its weights over depths; others are walked as deep as
+            they have heads, and none less deep than it was trained.
+        sharpness: the s.
+        console: where tables go.
+
+    Raises:
+        ValueError: no s or one that is no exponent; no answers, or ones of unknown temperature.
+    """
+    if not sharpness:
+        raise ValueError("sharpness: expected a number or several, got none")
+    for power in sharpness:
+        check_sharpness(power)
+    run.folder.read_walk_table()  # refuses a file that rows cannot be added to before minutes are spent
+    depths = run.draft.num_depths
+    if run.draft.max_depths is None:
+        depths = max(depths, num_draft_tokens)
+    rows: list[WalkRow] = []
+    for path in answers:
+        read, states = (_own(run), _states(run, console)) if path == OWN else (_read(path, run), run.target.states)
+        rows += walk_answers(
+            run.target, run.draft, read, states=states, num_draft_tokens=depths, steps=run.step, sharpness=sharpness
+        )
+    run.folder.add_walk(rows)
+    if list(sharpness) == [1.0]:
+        _show_run(run, console)
+    else:
+        _show_sharpness(run, {row.key for row in rows}, depths, console)
+
+
+def _read(path: str, run: TrainedRun) -> EncodedStore:
+    target = run.target
+    store = read_tokenised(path, target.tokenizer, max_length=target.max_positions, eos_ids=target.eos_ids).store
+    unknown = [name for name, temperature in zip(store.ids, store.temperatures, strict=True) if temperature is None]
+    if unknown:
+        raise ValueError(
+            f"answers={path}: {unknown[0]!r} does not say at which temperature the target wrote it; `lkspec generate` "
+            "writes the field temperature into every row"
+        )
+    return store
+
+
+def _own(run: TrainedRun) -> EncodedStore:
+    """The conversations that a run was validated on, those of known temperature: validation walks no others."""
+    if PRETRAINED_KEY in run.config:
+        raise ValueError(f"answers={OWN}: {run.folder.name} was not trained here and has none; name a file")
+    data = instantiate(run.config.data)
+    data.bind(run.target.tokenizer, eos_ids=run.target.eos_ids, max_positions=run.target.max_positions)
+    data.setup()
+    store = EncodedStore()
+    for one in map(data.validation_set.__getitem__, range(len(data.validation_set))):
+        if one.temperature is not None:
+            store.append(one)
+    if not len(store):
+        raise ValueError(f"answers={OWN}: {run.folder.name} was validated on none of known temperature; name a file")
+    return store
+
+
+def _states(run: TrainedRun, console: Console) -> Callable[[Batch], TargetStates]:
+    """A run's capture where it has one that is still there, else the target, for the states of its own answers."""
+    folder = run.config.get("states_dir")
+    if folder is None:
+        return run.target.states
+    if not (Path(folder) / MANIFEST).is_file():
+        told = f"{folder} is not there: the target reads the answers again"
+        console.print(told, soft_wrap=True, highlight=False, markup=False)
+        return run.target.states
+    return CapturedStates(Path(folder), run.target)
+
+
+def _show_run(run: TrainedRun, console: Console) -> None:
+    """All of a run's walk."""
+    from lkspec.reporting.layout import Layout  # pandas and all: decoding can do without
+    from lkspec.reporting.renderers import terminal
+    from lkspec.reporting.tables import build_table
+
+    layout = Layout(rows=["draft", "objective"], columns=["temperature"], value="walk")
+    terminal.show(build_table([run.folder], layout), console)
+
+
+def _show_sharpness(run: TrainedRun, keys: Collection[str], num_draft_tokens: int, console: Console) -> None:
+    """tau of some answers by temperature and every sharpness walked so far, and its gain over q as trained.
+
+    Gains are bold where their interval excludes 0.
+    """
+    counts: dict[tuple[float, float], dict[str, tuple[float, float]]] = {}
+    table = run.folder.read_walk_table()
+    for row in [] if table is None else table.to_pylist():
+        if row["depth"] == num_draft_tokens and row["key"] in keys:
+            place = counts.setdefault((row["temperature"], row["sharpness"]), {})
+            place[row["key"]] = (row["accepted"], row["rounds"])
+    temperatures, powers = ({key[place]: None for key in sorted(counts)} for place in (0, 1))
+    shown = Table()
+    shown.add_column("s", justify="right")
+    for temperature in temperatures:
+        shown.add_column(f"T = {temperature:g}", justify="right")
+    for power in sorted(powers):
+        shown.add_row(f"{power:g}", *(_cell(counts, temperature, power) for temperature in temperatures))
+    console.print(f"walk with q^s, renormalised, in place of q, K = {num_draft_tokens}", highlight=False)
+    console.print(shown)
+    console.print(
+        "`lkspec report value=walk rows=[draft,objective,sharpness]` joins runs; "
+        "`lkspec export sharpness=s` writes such a draft",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _cell(
+    counts: dict[tuple[float, float], dict[str, tuple[float, float]]], temperature: float, sharpness: float
+) -> str:
+    here, plain = counts.get((temperature, sharpness)), counts.get((temperature, 1.0))
+    if here is None:
+        return "as 1" if temperature == 0 else "-"
+    rounds = sum(number for _, number in here.values())
+    tau = f"{1 + sum(accepted for accepted, _ in here.values()) / rounds:.3f}" if rounds > 0 else "-"
+    if plain is None or sharpness == 1:
+        return tau
+    gain, low, high = paired_difference_interval(here, plain, confidence=0.95)
+    if math.isnan(low):
+        return f"{tau} {gain:+.3f}"
+    told = f"{gain:+.3f}" if low <= 0 <= high else f"[bold]{gain:+.3f}[/bold]"
+    return f"{tau} {told} ({low:+.3f} to {high:+.3f})"

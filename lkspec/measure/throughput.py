@@ -1,0 +1,248 @@
+"""Throughput of a serving engine: tokens per second by concurrency and K, where drafting pays and where it loses."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.table import Table
+
+from lkspec.benchmarks.base import Benchmark
+from lkspec.decoding.chain import Request
+from lkspec.decoding.sampling import Sampling
+from lkspec.drafts.base import Draft
+from lkspec.engines.speed import Speed
+from lkspec.measure.suite import RunFacts
+from lkspec.runs.rows import ThroughputRow
+from lkspec.targets.base import Target
+
+console = Console()
+if not console.is_terminal:
+    console.width = 140  # a log file wraps nothing
+
+_CPU = "measured on a CPU: no decision about serving should rest on these figures"
+_WARM_UP_TOKENS = 8  # of each request that is not timed
+
+
+class TimedEngine(Protocol):
+    """A serving engine whose speed can be measured.
+
+    Attributes:
+        hardware: what it runs on; known once it has answered.
+        protocol: what measurements depend on beside the sampling; known once it has answered.
+    """
+
+    name: str
+    hardware: str
+
+    @property
+    def protocol(self) -> dict[str, Any]: ...
+
+    def throughput_depths(self, wanted: Sequence[int]) -> list[int]:
+        """Those K that it can be measured at; 0 is without drafting."""
+        ...
+
+    def speed(
+        self, requests: Sequence[Request], sampling: Sampling, *, num_draft_tokens: int, concurrency: int, seed: int
+    ) -> Speed:
+        """Answers requests, so many at a time."""
+        ...
+
+
+@dataclass(frozen=True)
+class ThroughputOptions:
+    """What is measured; every concurrency is crossed with every K, a number stands for a list of one.
+
+    Raises:
+        ValueError: values out of range.
+    """
+
+    concurrency: Sequence[int] | int
+    num_draft_tokens: Sequence[int] | int
+    num_requests: int
+    max_new_tokens: int
+    temperature: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, values, least in (
+            ("concurrency", self.concurrencies, 1),
+            ("num_draft_tokens", self.depths, 0),
+        ):
+            if not values or min(values) < least:
+                raise ValueError(f"throughput.{name}: expected a list of numbers from {least} on, got {values}")
+        if self.num_requests < max(self.concurrencies):
+            raise ValueError(
+                f"throughput.num_requests: expected at least the largest concurrency, {max(self.concurrencies)}, got "
+                f"{self.num_requests}"
+            )
+        if self.max_new_tokens < 2:
+            raise ValueError(f"throughput.max_new_tokens: expected at least 2, got {self.max_new_tokens}")
+        assert self.sampling is not None  # refuses a temperature out of range
+
+    @property
+    def concurrencies(self) -> list[int]:
+        return [self.concurrency] if isinstance(self.concurrency, int) else list(self.concurrency)
+
+    @property
+    def depths(self) -> list[int]:
+        return [self.num_draft_tokens] if isinstance(self.num_draft_tokens, int) else list(self.num_draft_tokens)
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature)
+
+    def check(self, draft: Draft) -> None:
+        """Refuses K that the draft cannot draft.
+
+        Raises:
+            ValueError: a K out of range.
+        """
+        for depths in self.depths:
+            if depths > 0:
+                draft.check_num_draft_tokens(depths)
+
+
+def measure_throughput(
+    engine: TimedEngine,
+    target: Target,
+    benchmarks: Sequence[Benchmark],
+    options: ThroughputOptions,
+    facts: RunFacts,
+    *,
+    step: int,
+) -> list[ThroughputRow]:
+    """Measures every concurrency at every K of the engine; a few tokens of every request come before, untimed."""
+    requests = _requests(target, benchmarks, options)
+    warm_up = [Request(r.prompt_id, r.turn, r.tokens, min(_WARM_UP_TOKENS, r.max_new_tokens)) for r in requests]
+    rows = []
+    for depths in engine.throughput_depths(options.depths):
+        for concurrency in options.concurrencies:
+            with console.status(f"K={depths}, {concurrency} requests at a time"):
+                how: dict[str, Any] = {"num_draft_tokens": depths, "concurrency": concurrency, "seed": options.seed}
+                engine.speed(warm_up[:concurrency], options.sampling, **how)
+                speed = engine.speed(requests, options.sampling, **how)
+            rows.append(_row(engine, benchmarks, options, facts, depths, concurrency, speed, step))
+    return rows
+
+
+def _requests(target: Target, benchmarks: Sequence[Benchmark], options: ThroughputOptions) -> list[Request]:
+    """First turns, one of each benchmark in turn, again from the first when they end."""
+    questions = [
+        (f"{benchmark.name}/{prompt.id}", prompt.system_prompt, prompt.turns[0])
+        for group in itertools.zip_longest(*([(b, p) for p in b.prompts(None)] for b in benchmarks))
+        for benchmark, prompt in filter(None, group)
+    ]
+    requests = []
+    for number, (name, system, text) in enumerate(itertools.islice(itertools.cycle(questions), options.num_requests)):
+        messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
+        ids = target.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        requests.append(Request(f"{name}#{number}", 0, tuple(ids), options.max_new_tokens))
+    return requests
+
+
+def _row(
+    engine: TimedEngine,
+    benchmarks: Sequence[Benchmark],
+    options: ThroughputOptions,
+    facts: RunFacts,
+    depths: int,
+    concurrency: int,
+    speed: Speed,
+    step: int,
+) -> ThroughputRow:
+    protocol = {
+        **engine.protocol,
+        "benchmarks": [benchmark.protocol(None) for benchmark in benchmarks],
+        "max_new_tokens": options.max_new_tokens,
+        "seed": options.seed,
+    }
+    return ThroughputRow(
+        run=facts.folder.name,
+        draft=facts.draft,
+        loss=facts.loss,
+        target=facts.target,
+        steps=step,
+        engine=engine.name,
+        hardware=engine.hardware,
+        temperature=float(options.temperature),
+        num_draft_tokens=depths,
+        concurrency=concurrency,
+        num_requests=options.num_requests,
+        num_tokens=speed.num_tokens,
+        tokens_per_second=speed.tokens_per_second,
+        median_ms_per_token=1000 * speed.quantile(50),
+        p95_ms_per_token=1000 * speed.quantile(95),
+        protocol=json.dumps(protocol, sort_keys=True),
+    )
+
+
+def comparable(rows: Sequence[ThroughputRow], newest: Sequence[ThroughputRow]) -> list[ThroughputRow]:
+    """Rows that differ from some of the newest in K and concurrency only, so that several servers make one table."""
+    settings = {row.setting for row in newest}
+    fitting = [row for row in rows if row.setting in settings]
+    return sorted(fitting, key=lambda row: (row.concurrency, row.num_draft_tokens))
+
+
+def speedups(rows: Sequence[ThroughputRow]) -> dict[tuple[int, int], float]:
+    """(concurrency, K) -> tokens per second over those without drafting, where both are known."""
+    alone = {row.concurrency: row.tokens_per_second for row in rows if row.num_draft_tokens == 0}
+    return {
+        (row.concurrency, row.num_draft_tokens): row.tokens_per_second / alone[row.concurrency]
+        for row in rows
+        if row.num_draft_tokens > 0 and row.concurrency in alone
+    }
+
+
+def verdicts(rows: Sequence[ThroughputRow]) -> list[str]:
+    """A line a concurrency: the best K, and where drafting loses."""
+    lines = []
+    gains = speedups(rows)
+    for concurrency in sorted({row.concurrency for row in rows}):
+        here = {depths: gain for (number, depths), gain in gains.items() if number == concurrency}
+        if not here:
+            alone = any(row.num_draft_tokens == 0 and row.concurrency == concurrency for row in rows)
+            missing = "with a draft" if alone else "without drafting (K=0)"
+            lines.append(f"concurrency {concurrency}: nothing to compare with, as nothing was measured {missing} yet")
+            continue
+        best = max(here, key=lambda depths: here[depths])
+        losing = ", ".join(f"K={depths} ({gain:.2f}x)" for depths, gain in sorted(here.items()) if gain < 1)
+        if here[best] < 1:
+            lines.append(f"drafting loses at concurrency {concurrency}: {here[best]:.2f}x with K={best} at best")
+        else:
+            lines.append(
+                f"best K at concurrency {concurrency}: {best} ({here[best]:.2f}x)"
+                + (f"; drafting loses with {losing}" if losing else "")
+            )
+    return lines
+
+
+def print_throughput(rows: Sequence[ThroughputRow]) -> None:
+    """A table of rows of one setting, the verdicts, and what a measurement on a CPU is worth."""
+    first = rows[0]
+    title = f"throughput of {first.engine} on {first.hardware}, {first.num_requests} requests, T={first.temperature:g}"
+    table = Table(title=title, title_justify="left")
+    names = ("concurrency", "K", "tokens", "output tokens/s", "median ms/token", "p95 ms/token", "speed-up")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    gains = speedups(rows)
+    for row in rows:
+        gain = gains.get((row.concurrency, row.num_draft_tokens))
+        table.add_row(
+            str(row.concurrency),
+            str(row.num_draft_tokens) if row.num_draft_tokens else "0 (no draft)",
+            str(row.num_tokens),
+            f"{row.tokens_per_second:.1f}",
+            f"{row.median_ms_per_token:.1f}",
+            f"{row.p95_ms_per_token:.1f}",
+            "-" if gain is None else f"{gain:.2f}x",
+        )
+    console.print(table)
+    for line in verdicts(rows):
+        console.print(line, soft_wrap=True)
+    if first.hardware == "CPU":
+        console.print(_CPU, style="yellow", soft_wrap=True)

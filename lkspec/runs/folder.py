@@ -1,0 +1,409 @@
+"""The only reader and writer of run folders (the rows of their tables: ``result_rows.py``).
+
+A run folder, ``<root>/<draft>-<loss>-<target>-s<seed>-<hash8>/``::
+
+    config.yaml     the resolved configuration; written last: a folder that has it is complete
+    overrides.txt   what was typed, one override a line
+    git.txt         commit, uncommitted changes, hash of the package's code, time of creation
+    checkpoints/    step=<n>.ckpt, last.ckpt
+    tb/             TensorBoard
+    metrics.json    the last value of every metric
+    rounds.parquet  one row a round
+    walk.parquet    one row a held-out conversation x depth x sharpness, of validation or `lkspec evaluate answers=`
+    tokens.parquet  one row a token x depth of some held-out answers, where somebody asked for it
+    results.csv     one row a setting (benchmark, temperature, num_draft_tokens, engine, sharpness) x protocol x steps
+    identity.json   what besides its configuration the run's numbers depend on (see jobs.py)
+    failure.txt     why the last attempt ended in an error; gone with the next attempt
+    throughput.csv  one row a concurrency x num_draft_tokens x engine x protocol x training steps
+
+Every file is replaced atomically: a crash leaves the old one. Only one process writes a run folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+    SCALARS,
+    EventAccumulator,
+)
+
+from lkspec.files import write_text
+from lkspec.runs.rows import (
+    ResultRow,
+    RoundRow,
+    ThroughputRow,
+    content_hash,
+    read_result_rows,
+    read_round_table,
+    read_throughput_rows,
+    replace_rounds,
+    write_result_rows,
+    write_throughput_rows,
+)
+from lkspec.runs.token_rows import TokenRow, read_token_table, write_token_rows
+from lkspec.runs.walk_rows import WalkRow, read_walk_table, write_walk_rows
+
+_PACKAGE = Path(__file__).parents[1]
+_LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # also a Hydra value that needs no quotes
+
+
+def run_name(
+    draft: str, loss: str, target: str, *, seed: int, config: Mapping[str, Any], ignore: Collection[str] = ()
+) -> str:
+    """``<draft>-<loss>-<target>-s<seed>-<hash8>``, the hash over what decides the outcome of a run.
+
+    Args:
+        draft, loss, target: names; characters outside ``[A-Za-z0-9._-]`` become ``-``.
+        seed: of the run.
+        config: the resolved configuration.
+        ignore: dotted keys (``trainer.devices``, ``logger``) that concern only the machine or the output.
+    """
+    names = (re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("._-") or "unnamed" for name in (draft, loss, target))
+    return "-".join([*names, f"s{seed}", content_hash(_without(config, ignore))])
+
+
+def _without(config: Mapping[str, Any], ignore: Collection[str], prefix: str = "") -> dict[str, Any]:
+    kept = {}
+    for key, value in config.items():
+        if f"{prefix}{key}" not in ignore:
+            kept[key] = _without(value, ignore, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+    return kept
+
+
+def code_hash(package: Path = _PACKAGE) -> str:
+    """sha256 over the names and contents of a package's ``.py`` files."""
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py"), key=lambda file: file.relative_to(package).as_posix()):
+        digest.update(
+            f"{file.relative_to(package).as_posix()}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode()
+        )
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder; make one by ``create``, ``open`` or ``find_run``."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, root: Path, name: str, *, config: Mapping[str, Any], overrides: Sequence[str]) -> RunFolder:
+        """Starts a run: config.yaml, overrides.txt, git.txt.
+
+        Raises:
+            ValueError: an illegal name, or the folder holds a checkpoint or a result of an earlier run. One that died
+                before its first checkpoint is taken over.
+        """
+        if not _LEGAL_NAME.fullmatch(name):
+            raise ValueError(f"run name: expected only letters, digits and ._- (a letter or digit first), got {name!r}")
+        run = cls(Path(root) / name)
+        if held := run._worth_keeping():
+            raise ValueError(
+                f"{run.path} already holds this run ({held.name}): continue it with resume={name}, start it again "
+                f"with on_existing=replace, take another seed, or remove the folder"
+            )
+        origin = {
+            **_git_state(),
+            "code_hash": code_hash(),
+            "created": datetime.now(UTC).isoformat(timespec="microseconds"),
+        }
+        run.checkpoints_dir.mkdir(parents=True, exist_ok=True)
+        write_text(run.path / "overrides.txt", "".join(f"{override}\n" for override in overrides))
+        write_text(run.path / "git.txt", "".join(f"{key}: {value}\n" for key, value in origin.items()))
+        write_text(run._config_file, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run.
+
+        Raises:
+            ValueError: the folder has no config.yaml.
+        """
+        run = cls(Path(path))
+        if not run._config_file.is_file():
+            raise ValueError(f"{path} is not a run folder: expected a config.yaml in it")
+        return run
+
+    def _worth_keeping(self) -> Path | None:
+        """A checkpoint or a result, if there is any."""
+        results = (self._metrics_file, self._rounds_file, self.results_file)
+        return next((file for file in [*self.checkpoints_dir.glob("*.ckpt"), *results] if file.exists()), None)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration."""
+        return yaml.safe_load(self._config_file.read_text(encoding="utf-8"))
+
+    @property
+    def overrides(self) -> list[str]:
+        """The overrides that were typed."""
+        return (self.path / "overrides.txt").read_text(encoding="utf-8").splitlines()
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """``commit``, ``dirty``, ``code_hash`` and ``created`` (UTC, ISO 8601); empty for a folder made by hand."""
+        file = self.path / "git.txt"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        return dict(line.split(": ", 1) for line in lines)
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tb_dir(self) -> Path:
+        return self.path / "tb"
+
+    @property
+    def results_file(self) -> Path:
+        return self.path / "results.csv"
+
+    @property
+    def throughput_file(self) -> Path:
+        return self.path / "throughput.csv"
+
+    @property
+    def figures_dir(self) -> Path:
+        """Where pictures go."""
+        return self.path / "figures"
+
+    @property
+    def has_results(self) -> bool:
+        """Whether the run got as far as a checkpoint or a result: what ``create`` does not overwrite."""
+        return self._worth_keeping() is not None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether training and measuring came to their end, where metrics.json is written."""
+        return self._metrics_file.is_file()
+
+    def remove(self) -> None:
+        """Deletes the folder with everything in it."""
+        shutil.rmtree(self.path)
+
+    def set_aside(self) -> Path:
+        """Moves the folder to ``<root>/stale/<name>-<n>``, where no report looks for runs; returns that place."""
+        stale = self.path.parent / "stale"
+        stale.mkdir(exist_ok=True)
+        number = next(n for n in itertools.count(1) if not (stale / f"{self.name}-{n}").exists())
+        return self.path.rename(stale / f"{self.name}-{number}")
+
+    def write_identity(self, identity: Mapping[str, Any]) -> None:
+        """Writes identity.json."""
+        write_text(self._identity_file, json.dumps(dict(identity), indent=2) + "\n")
+
+    def read_identity(self) -> dict[str, Any] | None:
+        """identity.json; None where none was written."""
+        return json.loads(self._identity_file.read_text(encoding="utf-8")) if self._identity_file.is_file() else None
+
+    def write_failure(self, text: str | None) -> None:
+        """Writes failure.txt; None removes it."""
+        if text is None:
+            self.failure_file.unlink(missing_ok=True)
+        else:
+            write_text(self.failure_file, text)
+
+    @property
+    def failure_file(self) -> Path:
+        """Where the error stands that ended the last attempt."""
+        return self.path / "failure.txt"
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last attempt ended in an error."""
+        return self.failure_file.is_file()
+
+    def read_depth_history(self, prefix: str) -> list[tuple[int, list[float]]]:
+        """(step, [value at depth 1..K]) of the TensorBoard scalars ``<prefix>/depth_<k>``; empty without any."""
+        if not self.tb_dir.is_dir():  # another logger, or none
+            return []
+        events = EventAccumulator(str(self.tb_dir), size_guidance={SCALARS: 0})
+        events.Reload()
+        tags = sorted(
+            (tag for tag in events.Tags()["scalars"] if tag.startswith(f"{prefix}/depth_")),
+            key=lambda tag: int(tag.rpartition("_")[2]),
+        )
+        series = [{event.step: event.value for event in events.Scalars(tag)} for tag in tags]
+        steps = sorted(set.intersection(*(set(values) for values in series))) if series else []
+        return [(step, [values[step] for values in series]) for step in steps]
+
+    @property
+    def _config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def _identity_file(self) -> Path:
+        return self.path / "identity.json"
+
+    @property
+    def _metrics_file(self) -> Path:
+        return self.path / "metrics.json"
+
+    @property
+    def _rounds_file(self) -> Path:
+        return self.path / "rounds.parquet"
+
+    @property
+    def _walk_file(self) -> Path:
+        return self.path / "walk.parquet"
+
+    @property
+    def _tokens_file(self) -> Path:
+        return self.path / "tokens.parquet"
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """``...step=<n>.ckpt`` by step, then ``last.ckpt``; ``-v1`` of a name (Lightning's second try) after it."""
+        found = [(order, file) for file in self.checkpoints_dir.glob("*.ckpt") if (order := _checkpoint_order(file))]
+        return [file for _, file in sorted(found)]
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint; None before the first."""
+        return next(reversed(self.checkpoints), None)
+
+    def write_metrics(self, metrics: Mapping[str, float | int | str | None]) -> None:
+        """Merges into metrics.json; a value that is not finite becomes null, as JSON has no nan."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in metrics.items()
+        }
+        write_text(self._metrics_file, json.dumps({**self.read_metrics(), **finite}, indent=2, allow_nan=False) + "\n")
+
+    def read_metrics(self) -> dict[str, float | int | str | None]:
+        """metrics.json; empty before the first write."""
+        return json.loads(self._metrics_file.read_text(encoding="utf-8")) if self._metrics_file.is_file() else {}
+
+    def write_rounds(self, rows: Iterable[RoundRow]) -> None:
+        """Adds rows to rounds.parquet in place of those of the same settings."""
+        replace_rounds(self._rounds_file, list(rows))
+
+    def read_rounds(self) -> list[RoundRow]:
+        """All rounds; none before the first write."""
+        table = self.read_round_table()
+        return [] if table is None else [RoundRow(**row) for row in table.to_pylist()]
+
+    def read_round_table(self) -> pa.Table | None:
+        """All rounds as columns, for those who count many; None before the first write."""
+        return read_round_table(self._rounds_file) if self._rounds_file.is_file() else None
+
+    def write_walk(self, rows: Sequence[WalkRow]) -> None:
+        """Replaces walk.parquet."""
+        write_walk_rows(self._walk_file, rows)
+
+    def add_walk(self, rows: Sequence[WalkRow]) -> None:
+        """Adds rows to walk.parquet in place of those with the same conversation, temperature, depth and sharpness."""
+        table = self.read_walk_table()
+        known = [] if table is None else [WalkRow(**row) for row in table.to_pylist()]
+        self.write_walk(list({row.setting: row for row in [*known, *rows]}.values()))
+
+    def read_walk_table(self) -> pa.Table | None:
+        """The walk along the held-out conversations, a column a field of ``WalkRow``; None before the first write."""
+        return read_walk_table(self._walk_file) if self._walk_file.is_file() else None
+
+    def write_tokens(self, rows: Sequence[TokenRow]) -> None:
+        """Replaces tokens.parquet."""
+        write_token_rows(self._tokens_file, rows)
+
+    def read_token_table(self) -> pa.Table | None:
+        """Statistics of held-out tokens, a column a field of ``TokenRow``; None before the first write."""
+        return read_token_table(self._tokens_file) if self._tokens_file.is_file() else None
+
+    def write_results(self, rows: Iterable[ResultRow]) -> None:
+        """Adds rows to results.csv in place of those with the same key (setting, protocol and training steps)."""
+        merged = {row.key: row for row in [*self.read_results(), *rows]}
+        write_result_rows(self.results_file, list(merged.values()))
+
+    def read_results(self) -> list[ResultRow]:
+        """The rows of results.csv; none before the first write."""
+        return read_result_rows(self.results_file) if self.results_file.is_file() else []
+
+    def write_throughput(self, rows: Iterable[ThroughputRow]) -> None:
+        """Adds rows to throughput.csv in place of those with the same key."""
+        merged = {row.key: row for row in [*self.read_throughput(), *rows]}
+        write_throughput_rows(self.throughput_file, list(merged.values()))
+
+    def read_throughput(self) -> list[ThroughputRow]:
+        """The rows of throughput.csv; none before the first write."""
+        return read_throughput_rows(self.throughput_file) if self.throughput_file.is_file() else []
+
+
+def list_runs(root: Path) -> list[RunFolder]:
+    """The runs directly under a folder, newest first by the creation time they record."""
+    runs = [RunFolder(file.parent) for file in Path(root).glob("*/config.yaml")]
+    return sorted(runs, key=lambda run: (run.origin.get("created", ""), run.name), reverse=True)
+
+
+def find_run(name: str, root: Path) -> RunFolder:
+    """The run that a user means by ``latest``, by a path, or by the beginning of a folder's name.
+
+    The latest is the newest but for those that failed before they had a checkpoint or a result.
+
+    Raises:
+        ValueError: nothing or more than one run fits; the message lists what there is.
+    """
+    runs = list_runs(root)
+    if name == "latest" and runs:
+        return next((run for run in runs if run.has_results or not run.has_failed), runs[0])
+    if (Path(name).expanduser() / "config.yaml").is_file():
+        return RunFolder.open(Path(name).expanduser())
+    if not runs:
+        raise ValueError(f"run {name!r}: there are no runs under {root} and it is not the path of one; train one first")
+    fitting = [run for run in runs if run.name == name] or [run for run in runs if run.name.startswith(name)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise ValueError(f"run {name!r} is the beginning of {len(fitting)} names; say more of one:{_listing(fitting)}")
+    raise ValueError(
+        f"run {name!r}: expected 'latest', a path or the beginning of a name; the newest are:{_listing(runs)}"
+    )
+
+
+def read_results(root: Path) -> list[ResultRow]:
+    """The results rows of all runs under a folder, oldest run first."""
+    return [row for run in reversed(list_runs(root)) for row in run.read_results()]
+
+
+def _listing(runs: Sequence[RunFolder]) -> str:
+    return "".join(f"\n  {run.name}" for run in runs[:5]) + ("\n  ..." if len(runs) > 5 else "")
+
+
+def _git_state() -> dict[str, str]:
+    """Commit and uncommitted changes of the package, ``none`` when it does not run from a git checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(_PACKAGE), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        # An installed package may lie inside somebody else's checkout: only a tracked one has a commit of its own.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": "yes" if git("status", "--porcelain", "--", ".") else "no"}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": "none", "dirty": "none"}
+
+
+def _checkpoint_order(file: Path) -> tuple[float, int] | None:
+    """(step, version); ``last`` comes after every step; None for other names, whose step is unknown."""
+    match = re.fullmatch(r"(?:last|.*step=(\d+).*?)(?:-v(\d+))?\.ckpt", file.name)
+    return (float(match[1] or "inf"), int(match[2] or 0)) if match else None
