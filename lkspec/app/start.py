@@ -14,19 +14,17 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from lkspec.app import sweeps
 from lkspec.app.application import instantiate, resolved
 from lkspec.app.build import expanded_draft
 from lkspec.app.job import Identity, State, code_of, estimated_seconds, held, is_held, job_state, outcome_config
 from lkspec.data.datamodule import SpeculatorDataModule
+from lkspec.reporting.terminal import console
 from lkspec.runs.folder import RunFolder, find_run, run_name
 from lkspec.targets.base import Target
 
 _RESUMABLE_OVERRIDES = ("resume=", "run_root=", "logger=", "logger.")
-
-console = Console()
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 
 from lkspec.app.gpu_pool import take_device, visible_devices
+from lkspec.reporting.terminal import console, say, table
 
 _JOURNAL = "LKSPEC_SWEEP"  # where the journal of the sweep under way is
 KEPT_JOURNAL = "LKSPEC_SWEEP_JOURNAL"  # where a caller wants to find it afterwards
@@ -35,10 +34,6 @@ _PLUGINS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": 
 
 Made = TypeVar("Made")
 _shared: dict[str, tuple[str, Any]] = {}
-
-console = Console()
-if not console.is_terminal:
-    console.width = 140
 
 
 class SweepCallback(Callback):
@@ -200,24 +195,24 @@ def _summarise(jobs: Sequence[dict[str, Any]], *, interrupted: bool) -> int:
     if failed:
         console.print(f"{len(failed)} of {len(jobs)} failed:", highlight=False)
         for job in failed:
-            console.print(f"  {_where(job)}: {job['error']}", soft_wrap=True, highlight=False, markup=False)
+            say(f"  {_where(job)}: {job['error']}")
     return 1 if failed or open_ else 0
 
 
 def _print_table(folders: Sequence[str], overrides: Sequence[Sequence[str]]) -> None:
     """What the finished jobs measured, and the command that shows it in other ways."""
     from lkspec.reporting.of_sweep import sweep_table  # pandas and all: nothing that a job should wait for
-    from lkspec.reporting.renderers import terminal
+    from lkspec.reporting.renderers import rich_table
 
     try:
         found = sweep_table([Path(folder) for folder in folders], overrides)
     except ValueError as error:
-        console.print(f"no table of these jobs: {error}", soft_wrap=True, highlight=False, markup=False)
+        say(f"no table of these jobs: {error}")
         return
     if found is not None:
-        terminal.show(found.table, console)
+        rich_table.show(found.table)
         console.print("the same in other ways (format=png out=picture.png, say):", highlight=False)
-        console.print(found.command, soft_wrap=True, highlight=False, markup=False)
+        say(found.command)
 
 
 def _where(job: dict[str, Any]) -> str:
@@ -226,14 +221,13 @@ def _where(job: dict[str, Any]) -> str:
 
 def print_plan(lines: Sequence[dict[str, Any]]) -> None:
     """The table of ``plan=true``: jobs by state, with estimated hours, and their sums."""
-    table = Table(title="nothing was run", title_justify="left")
-    for name, justify in (("job", "left"), ("state", "left"), ("changed since", "left"), ("hours", "right")):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    rows = []
     for line in lines:
         is_left = line["state"] not in ("done", "running")
         hours = "" if not is_left else "unknown" if line["seconds"] is None else f"{line['seconds'] / 3600:.2f}"
-        table.add_row(Path(line["folder"]).name, line["state"], ", ".join(line["changes"]), hours)
-    console.print(table)
+        rows.append([Path(line["folder"]).name, line["state"], ", ".join(line["changes"]), hours])
+    names = ("job", "state", "changed since")
+    table("nothing was run", (*names, "hours"), rows, left=names)
     counts = Counter(str(line["state"]) for line in lines)
     known = [line["seconds"] for line in lines if line["seconds"] is not None]
     left = [line for line in lines if line["state"] not in ("done", "running")]

@@ -7,17 +7,13 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lkspec.app.application import entry_point, instantiate
 from lkspec.data.capture_format import DTYPE, MANIFEST, bytes_per_token
@@ -25,10 +21,9 @@ from lkspec.data.captured import CapturedStates, CaptureWriter, capture_writer, 
 from lkspec.data.datamodule import SpeculatorDataModule
 from lkspec.data.dataset import EncodedStore, collate
 from lkspec.losses.fused.head_summary import head_summary
+from lkspec.reporting.terminal import console, facts, progress, say
 from lkspec.targets.base import Target
 from lkspec.types import TargetStates
-
-console = Console()
 
 _NUM_MEASURED = 8  # conversations that the throughput is measured on, of all lengths
 _MEASURED_SECONDS = 10.0
@@ -94,7 +89,7 @@ def _states(text: _Text, target: Target) -> TargetStates:
 
 def _capture(waiting: Sequence[_Text], target: Target, writer: CaptureWriter) -> None:
     start, num_tokens = time.monotonic(), sum(text.num_tokens for text in waiting)
-    with _progress(num_tokens) as advance:
+    with progress("capturing", num_tokens, "tokens") as advance:
         for text in waiting:
             writer.add(text.key, _states(text, target))
             advance(text.num_tokens)
@@ -121,8 +116,7 @@ def _print_plan(waiting: Sequence[_Text], texts: Sequence[_Text], target: Target
             f"{num_tokens / speed / 3600:.2g} at the {speed:,.0f} tokens/s just measured on {target.device}, "
             f"if the disk takes {speed * bytes_per_token(target) / 1e6:,.0f} MB/s"
         )
-    for name, text in lines.items():
-        console.print(f"[bold]{name:<11}[/bold]{text}", highlight=False, soft_wrap=True)
+    facts(lines)
 
 
 def _measured_speed(waiting: Sequence[_Text], target: Target) -> float:
@@ -175,8 +169,7 @@ def _report(writer: CaptureWriter, target: Target, out: Path) -> None:
         soft_wrap=True,
     )
     chosen = [o for o in HydraConfig.get().overrides.task if o.startswith(("target", "data", "seed"))]
-    command = shlex.join(["lkspec", "train", *chosen, f"states_dir={out}"])
-    console.print(command, soft_wrap=True, highlight=False, markup=False)
+    say(shlex.join(["lkspec", "train", *chosen, f"states_dir={out}"]))
 
 
 def _gigabytes(num_bytes: float) -> str:
@@ -185,27 +178,6 @@ def _gigabytes(num_bytes: float) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 3600:.2f} hours"
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    """A bar with tokens, tokens/s and the time left."""
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
-        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    ]
-    with Progress(*columns, console=console, refresh_per_second=2) as progress:
-        task = progress.add_task("capturing", total=total, rate=0.0)
-
-        def advance(tokens: int) -> None:
-            elapsed = progress.tasks[task].elapsed or 1e-9
-            progress.update(task, advance=tokens, rate=(progress.tasks[task].completed + tokens) / elapsed)
-
-        yield advance
 
 
 if __name__ == "__main__":

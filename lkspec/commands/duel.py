@@ -20,22 +20,17 @@ from pathlib import Path
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 
 from lkspec.app.application import entry_point, resolved
 from lkspec.app.sweeps import KEPT_JOURNAL, read_journal
 from lkspec.reporting.counts import Series, read_series
 from lkspec.reporting.intervals import Counts, Estimate, estimate, paired_gain
+from lkspec.reporting.terminal import console, table
 from lkspec.runs.folder import RunFolder
 
 _SHARED_GROUPS = re.compile(r"[+~]*(draft|target)\b(?!_)")
 _LOSS_ARGUMENT = re.compile(r"[+~]*loss\.")
 _SHOWN_LOG_LINES = 15
-
-console = Console()
-if not console.is_terminal:
-    console.width = 140
 
 
 @dataclass(frozen=True)
@@ -176,19 +171,19 @@ def print_verdicts(found: Sequence[Verdict], *, base: str, challenger: str) -> N
     """The comparison as a table, with what it rests on."""
     gain = found[0].gain
     title = f"{challenger} against {base}: {gain.num_seeds} seeds, {gain.num_groups} held-out answers a temperature"
-    table = Table(title=title, title_justify="left")
-    for name in ("measure", base, challenger, "difference", "95 % interval", "verdict"):
-        table.add_column(name, justify="left" if name in ("measure", "verdict") else "right")
-    for one in found:
-        table.add_row(
+    names = ("measure", base, challenger, "difference", "95 % interval", "verdict")
+    cells = [
+        [
             one.measure,
             f"{one.base.value:.4f}",
             f"{one.challenger.value:.4f}",
             f"{one.gain.value:+.4f}",
             f"{one.gain.low:+.4f} to {one.gain.high:+.4f}",
             one.text,
-        )
-    console.print(table)
+        ]
+        for one in found
+    ]
+    table(title, names, cells, left=("measure", "verdict"))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from omegaconf import DictConfig
-from rich.console import Console
 
 from lkspec.app.application import entry_point, resolved
 from lkspec.app.build import build_benchmarks, run_facts
@@ -14,8 +13,7 @@ from lkspec.app.load import TrainedRun, open_run
 from lkspec.commands.walk import walk_run
 from lkspec.measure.suite import Suite, SuiteOptions, draw_run, listed
 from lkspec.measure.throughput import ThroughputOptions, comparable, measure_throughput, print_throughput
-
-console = Console()
+from lkspec.reporting.terminal import console
 
 
 @entry_point("evaluate", fixed_by_run=True)
@@ -57,7 +55,6 @@ def _walk(config: DictConfig) -> None:
         listed(options["answers"]),
         num_draft_tokens=max(listed(options["num_draft_tokens"])),
         sharpness=[float(power) for power in listed(options["sharpness"])],
-        console=console,
     )
 
 

@@ -6,16 +6,14 @@ from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
 
 from lkspec.app.application import entry_point, resolved
 from lkspec.app.load import TrainedRun, open_run
 from lkspec.export.base import WriteOptions
 from lkspec.export.card import Facts, model_card
 from lkspec.export.writing import Export, layout_for, refuse_existing, write_export
+from lkspec.reporting.terminal import say
 from lkspec.targets.transformers import parse_dtype
-
-console = Console()
 
 
 @entry_point("export", fixed_by_run=True)
@@ -56,9 +54,6 @@ def _facts(run: TrainedRun, config: DictConfig) -> Facts:
 
 
 def _report(export: Export, run: TrainedRun) -> None:
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False, highlight=False)
-
     say(f"exported {run.folder.name} (format={export.layout.format}) to {export.path}")
     say("checked:")
     for check in export.checks:

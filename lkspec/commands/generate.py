@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lkspec.app.application import entry_point, instantiate, resolved
 from lkspec.data.generation import (
@@ -28,9 +24,8 @@ from lkspec.data.generation import (
 from lkspec.decoding.chain import ChainDecoder, Completion, Request
 from lkspec.decoding.sampling import Sampling
 from lkspec.engines.server import ChatRequest, Server
+from lkspec.reporting.terminal import console, progress
 from lkspec.targets.base import Target
-
-console = Console()
 
 # How fast the rows are made, not what they are.
 _NOT_IN_SETTINGS = ("out", "batch_size", "engine", "base_url", "concurrency")
@@ -79,10 +74,10 @@ def _answer(
         Request(prompt.id, 0, prompt_tokens(target.tokenizer, prompt), options["max_new_tokens"])
         for prompt in waiting.values()
     ]
-    with _progress(len(prompts), len(done)) as advance:
+    with progress("generating", len(prompts), "rows", done=len(done)) as advance:
         for completion in decoder.run(requests):
             out.append(_row(waiting[completion.request.prompt_id], completion, target, options))
-            advance(len(completion.tokens))
+            advance(tokens=len(completion.tokens))
     order = {prompt.id: index for index, prompt in enumerate(prompts)}
     keep = AnswerFilter(target.tokenizer, target.eos_ids)
     out.finish(lambda row: order[row["id"]], keep)
@@ -105,7 +100,7 @@ def _answer_by_server(config: DictConfig, prompts: list[Prompt], settings: dict[
     waiting = {prompt.id: prompt for prompt in prompts if prompt.id not in done}
     requests = [ChatRequest(prompt.id, prompt.messages, config.seed) for prompt in waiting.values()]
     sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_new_tokens}
-    with _progress(len(prompts), len(done)) as advance:
+    with progress("generating", len(prompts), "rows", done=len(done)) as advance:
         for answer in server.answers(requests, **sampling):
             reply = {"role": "assistant", "content": answer.text}
             out.append(
@@ -117,7 +112,7 @@ def _answer_by_server(config: DictConfig, prompts: list[Prompt], settings: dict[
                     "num_tokens": answer.num_tokens,
                 }
             )
-            advance(answer.num_tokens)
+            advance(tokens=answer.num_tokens)
     order = {prompt.id: index for index, prompt in enumerate(prompts)}
     out.finish(lambda row: order[row["id"]], keep=lambda row: bool(row["messages"][-1]["content"].strip()))
     console.print(f"wrote {len(out.rows)} rows to {out.path}, answered by {model}")
@@ -156,7 +151,7 @@ def _write_prompts(config: DictConfig, target: Target, decoder: ChainDecoder, ou
     for row in out.rows:
         keep(row["prompt"], "stop")
     first = max((row["attempt"] for row in out.rows), default=-1) + 1
-    with _progress(config.num_prompts, len(out.rows)) as advance:
+    with progress("generating", config.num_prompts, "rows", done=len(out.rows)) as advance:
         for attempt in itertools.count(first, config.batch_size):
             if len(out.rows) >= config.num_prompts:
                 break
@@ -173,33 +168,9 @@ def _write_prompts(config: DictConfig, target: Target, decoder: ChainDecoder, ou
                 if len(out.rows) < config.num_prompts and keep(text, completion.finish_reason):
                     number = int(completion.request.prompt_id)
                     out.append({"id": f"magpie-{config.seed}-{number:06d}", "attempt": number, "prompt": text})
-                    advance(len(completion.tokens))
+                    advance(tokens=len(completion.tokens))
     out.finish(lambda row: row["attempt"], keep=lambda row: True)
     _report_dropped(keep.dropped)
-
-
-@contextmanager
-def _progress(total: int, done: int) -> Iterator[Any]:
-    """A bar with rows, tokens/s and the time left."""
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} rows"),
-        TextColumn("{task.fields[rate]:.0f} tokens/s"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    ]
-    with Progress(*columns, console=console, refresh_per_second=2) as progress:
-        task = progress.add_task("generating", total=total, completed=done, rate=0.0)
-        num_tokens = 0
-
-        def advance(tokens: int) -> None:
-            nonlocal num_tokens
-            num_tokens += tokens
-            elapsed = progress.tasks[task].elapsed or 1e-9
-            progress.update(task, advance=1, rate=num_tokens / elapsed)
-
-        yield advance
 
 
 if __name__ == "__main__":

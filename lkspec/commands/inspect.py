@@ -5,16 +5,14 @@ from __future__ import annotations
 import random
 
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
 from lkspec.app.application import entry_point, instantiate
 from lkspec.data.chat import colour_spans
 from lkspec.data.datamodule import SpeculatorDataModule
+from lkspec.reporting.terminal import console
 from lkspec.targets.base import Target
-
-console = Console()
 
 
 @entry_point("inspect")

@@ -6,7 +6,6 @@ from dataclasses import fields
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
 
 from lkspec.app.application import entry_point, resolved
 from lkspec.files import write_text
@@ -17,8 +16,7 @@ from lkspec.reporting.formats import RENDERERS
 from lkspec.reporting.layout import Layout
 from lkspec.reporting.series import flat
 from lkspec.reporting.tables import build_table
-
-console = Console(stderr=True)
+from lkspec.reporting.terminal import errors
 
 
 @entry_point("report")
@@ -42,7 +40,7 @@ def main(config: DictConfig) -> None:
     else:
         print(RENDERERS[config.format](table), end="")
         return
-    console.print(f"report: {config.out}", soft_wrap=True)
+    errors.print(f"report: {config.out}", soft_wrap=True)
 
 
 if __name__ == "__main__":

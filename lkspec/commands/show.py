@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
@@ -17,8 +16,7 @@ from lkspec.decoding.chain import ChainDecoder, Request
 from lkspec.decoding.sampling import Sampling
 from lkspec.files import write_text
 from lkspec.reporting.colouring import acceptance_line, as_html, as_terminal_text, pieces, terminal_legend
-
-console = Console()
+from lkspec.reporting.terminal import console
 
 
 @entry_point("show", fixed_by_run=True)

@@ -14,7 +14,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
-from rich.console import Console
 
 from lkspec.app import sweeps
 from lkspec.app.application import entry_point, flat_settings, instantiate, resolved
@@ -28,6 +27,7 @@ from lkspec.drafts.base import Draft, UnrollOptions
 from lkspec.losses.fused.head_summary import head_summary
 from lkspec.measure.benchmark import Measurement
 from lkspec.measure.suite import Suite, SuiteOptions, draw_run
+from lkspec.reporting.terminal import console, facts
 from lkspec.runs.folder import RunFolder
 from lkspec.targets.base import Target
 from lkspec.targets.memory import RememberedStates
@@ -36,8 +36,6 @@ from lkspec.types import Batch, TargetStates
 from lkspec.vocab import DraftVocab
 
 _BATCHING = ("seed", "max_tokens", "accumulate", "pack", "num_workers", "limit_conversations")  # keys of data
-
-console = Console()
 
 
 @entry_point("train")
@@ -201,8 +199,7 @@ def _banner(
         "vocabulary": f"{draft.vocab.size:,} of {draft.vocab.target_size:,} tokens, "
         f"covers {draft.vocab.coverage(counts):.2%} of the supervised ones",
     }
-    for name, text in lines.items():
-        console.print(f"[bold]{name:<11}[/bold]{text}", highlight=False, soft_wrap=True)
+    facts(lines)
 
 
 def _finish(

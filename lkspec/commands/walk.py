@@ -6,9 +6,6 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from lkspec.app.application import instantiate
 from lkspec.app.load import PRETRAINED_KEY, TrainedRun
 from lkspec.data.capture_format import MANIFEST
@@ -17,6 +14,7 @@ from lkspec.data.dataset import EncodedStore
 from lkspec.data.tokenised import read_tokenised
 from lkspec.measure.metrics import paired_difference_interval
 from lkspec.measure.walk import walk_answers
+from lkspec.reporting.terminal import console, say, table
 from lkspec.runs.walk_rows import WalkRow
 from lkspec.types import Batch, TargetStates, check_sharpness
 
@@ -29,7 +27,6 @@ def walk_run(
     *,
     num_draft_tokens: int,
     sharpness: Sequence[float],
-    console: Console,
 ) -> None:
     """Walks along answers with q^s for each s, adds the rows to the run's and shows tau.
 
@@ -39,7 +36,6 @@ def walk_run(
         num_draft_tokens: the largest K for a draft that shares its weights over depths; others are walked as deep as
             they have heads, and none less deep than it was trained.
         sharpness: the s.
-        console: where tables go.
 
     Raises:
         ValueError: no s or one that is no exponent; no answers, or ones of unknown temperature.
@@ -54,15 +50,15 @@ def walk_run(
         depths = max(depths, num_draft_tokens)
     rows: list[WalkRow] = []
     for path in answers:
-        read, states = (_own(run), _states(run, console)) if path == OWN else (_read(path, run), run.target.states)
+        read, states = (_own(run), _states(run)) if path == OWN else (_read(path, run), run.target.states)
         rows += walk_answers(
             run.target, run.draft, read, states=states, num_draft_tokens=depths, steps=run.step, sharpness=sharpness
         )
     run.folder.add_walk(rows)
     if list(sharpness) == [1.0]:
-        _show_run(run, console)
+        _show_run(run)
     else:
-        _show_sharpness(run, {row.key for row in rows}, depths, console)
+        _show_sharpness(run, {row.key for row in rows}, depths)
 
 
 def _read(path: str, run: TrainedRun) -> EncodedStore:
@@ -93,54 +89,48 @@ def _own(run: TrainedRun) -> EncodedStore:
     return store
 
 
-def _states(run: TrainedRun, console: Console) -> Callable[[Batch], TargetStates]:
+def _states(run: TrainedRun) -> Callable[[Batch], TargetStates]:
     """A run's capture where it has one that is still there, else the target, for the states of its own answers."""
     folder = run.config.get("states_dir")
     if folder is None:
         return run.target.states
     if not (Path(folder) / MANIFEST).is_file():
-        told = f"{folder} is not there: the target reads the answers again"
-        console.print(told, soft_wrap=True, highlight=False, markup=False)
+        say(f"{folder} is not there: the target reads the answers again")
         return run.target.states
     return CapturedStates(Path(folder), run.target)
 
 
-def _show_run(run: TrainedRun, console: Console) -> None:
+def _show_run(run: TrainedRun) -> None:
     """All of a run's walk."""
     from lkspec.reporting.layout import Layout  # pandas and all: decoding can do without
-    from lkspec.reporting.renderers import terminal
+    from lkspec.reporting.renderers import rich_table
     from lkspec.reporting.tables import build_table
 
     layout = Layout(rows=["draft", "objective"], columns=["temperature"], value="walk")
-    terminal.show(build_table([run.folder], layout), console)
+    rich_table.show(build_table([run.folder], layout))
 
 
-def _show_sharpness(run: TrainedRun, keys: Collection[str], num_draft_tokens: int, console: Console) -> None:
+def _show_sharpness(run: TrainedRun, keys: Collection[str], num_draft_tokens: int) -> None:
     """tau of some answers by temperature and every sharpness walked so far, and its gain over q as trained.
 
     Gains are bold where their interval excludes 0.
     """
     counts: dict[tuple[float, float], dict[str, tuple[float, float]]] = {}
-    table = run.folder.read_walk_table()
-    for row in [] if table is None else table.to_pylist():
+    walked = run.folder.read_walk_table()
+    for row in [] if walked is None else walked.to_pylist():
         if row["depth"] == num_draft_tokens and row["key"] in keys:
             place = counts.setdefault((row["temperature"], row["sharpness"]), {})
             place[row["key"]] = (row["accepted"], row["rounds"])
     temperatures, powers = ({key[place]: None for key in sorted(counts)} for place in (0, 1))
-    shown = Table()
-    shown.add_column("s", justify="right")
-    for temperature in temperatures:
-        shown.add_column(f"T = {temperature:g}", justify="right")
-    for power in sorted(powers):
-        shown.add_row(f"{power:g}", *(_cell(counts, temperature, power) for temperature in temperatures))
+    names = ["s", *(f"T = {temperature:g}" for temperature in temperatures)]
+    cells = [
+        [f"{power:g}", *(_cell(counts, temperature, power) for temperature in temperatures)] for power in sorted(powers)
+    ]
     console.print(f"walk with q^s, renormalised, in place of q, K = {num_draft_tokens}", highlight=False)
-    console.print(shown)
-    console.print(
+    table(None, names, cells)
+    say(
         "`lkspec report value=walk rows=[draft,objective,sharpness]` joins runs; "
-        "`lkspec export sharpness=s` writes such a draft",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        "`lkspec export sharpness=s` writes such a draft"
     )
 
 

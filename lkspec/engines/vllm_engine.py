@@ -9,14 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lkspec.decoding.chain import Completion, Request
 from lkspec.decoding.sampling import Sampling
 from lkspec.engines.rounds import counted_rounds, request_seed
 from lkspec.engines.speed import Speed
-
-console = Console(stderr=True)
+from lkspec.reporting.terminal import errors
 
 _WORKER = Path(__file__).parent / "vllm_worker.py"
 
@@ -162,11 +159,11 @@ class VllmEngine:
                 env=environment,
             )
         self._processes[num_draft_tokens] = process
-        with console.status(f"starting vLLM with K={num_draft_tokens} (its log: {self._log})"):
+        with errors.status(f"starting vLLM with K={num_draft_tokens} (its log: {self._log})"):
             ready = self._exchange(process, settings)
         self.version, self.hardware = ready["version"], ready["hardware"]
         if ready["repaired"]:
-            console.print(f"vLLM {self.version}: its verification lost the temperature; worked around for this process")
+            errors.print(f"vLLM {self.version}: its verification lost the temperature; worked around for this process")
 
     def _exchange(self, process: subprocess.Popen[str], message: dict[str, Any]) -> Any:
         assert process.stdin is not None

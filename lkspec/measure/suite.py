@@ -7,21 +7,9 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
 
 from lkspec.benchmarks.base import Benchmark
 from lkspec.drafts.base import Draft
@@ -29,12 +17,9 @@ from lkspec.measure.benchmark import Engine, Measurement, Setting, gathered, mea
 from lkspec.measure.engine_checks import doubts
 from lkspec.measure.metrics import acceptance_metrics
 from lkspec.reporting.run_figures import plot_acceptance_per_position, plot_alpha_over_time, plot_tau_over_k
+from lkspec.reporting.terminal import console, progress, table
 from lkspec.runs.folder import ResultRow, RoundRow, RunFolder
 from lkspec.targets.base import Target
-
-console = Console()
-if not console.is_terminal:
-    console.width = 140  # a log file wraps nothing
 
 
 @dataclass(frozen=True)
@@ -131,11 +116,10 @@ class Suite:
         rank, num_replicas = _rank_and_world()
         measurements = []
         rows: list[ResultRow] = []
-        with _progress(visible=rank == 0) as progress:
-            for benchmark, setting in itertools.product(self.benchmarks, options.settings()):
-                label = f"{benchmark.name} T={setting.temperature:g} K={setting.num_draft_tokens}"
-                label += "" if setting.sharpness == 1 else f" s={setting.sharpness:g}"
-                task = progress.add_task(label, total=None)
+        for benchmark, setting in itertools.product(self.benchmarks, options.settings()):
+            label = f"{benchmark.name} T={setting.temperature:g} K={setting.num_draft_tokens}"
+            label += "" if setting.sharpness == 1 else f" s={setting.sharpness:g}"
+            with progress(label, None, "turns", transient=True, visible=rank == 0) as advance:
                 measured = measure(
                     self.target,
                     draft,
@@ -145,14 +129,13 @@ class Suite:
                     num_prompts=self.options.num_prompts_before if stage == "before" else None,
                     rank=rank,
                     num_replicas=num_replicas,
-                    progress=partial(_update, progress, task),
+                    progress=lambda _, total: advance(total=total),
                     engine=self.engine,
                 )
-                progress.remove_task(task)
-                measurements.append(gathered(measured))
-                if rank == 0:  # at once: what comes later may fail
-                    rows.append(self._row(measurements[-1], step, supervised_tokens))
-                    self.facts.folder.write_results(rows[-1:])
+            measurements.append(gathered(measured))
+            if rank == 0:  # at once: what comes later may fail
+                rows.append(self._row(measurements[-1], step, supervised_tokens))
+                self.facts.folder.write_results(rows[-1:])
         if rank == 0:
             self.last_rows = rows
             if stage != "before" and self.engine is None:
@@ -240,17 +223,12 @@ def print_rows(rows: Sequence[ResultRow], *, title: str) -> None:
     ``s`` is the sharpness of q, where any is not as trained; ``whole rounds`` is tau over the rounds whose K proposals
     lie inside the text, the rule that the walk follows.
     """
-    table = Table(title=title, title_justify="left")
     sharpened = any(row.sharpness != 1 for row in rows)
     setting = ("T", "K", *(["s"] if sharpened else []))
     measured = ("tau", "95 % interval", "whole rounds", "walk", "accepted at 1..K", "prompts", "tokens/s")
-    for name in ("benchmark", *setting, *measured):
-        table.add_column(name, justify="left" if name == "benchmark" else "right", no_wrap=True)
     with_speedup = any(row.speedup is not None for row in rows)
-    if with_speedup:
-        table.add_column("speed-up", justify="right")
-    for row in rows:
-        cells = [
+    cells = [
+        [
             row.benchmark,
             f"{row.temperature:g}",
             str(row.num_draft_tokens),
@@ -262,31 +240,17 @@ def print_rows(rows: Sequence[ResultRow], *, title: str) -> None:
             " ".join(f"{share:.2f}" for share in row.alpha),
             str(row.num_prompts),
             _shown(row.tokens_per_second, ".1f"),
+            *([f"{row.speedup:.2f}x" if row.speedup else "-"] if with_speedup else []),
         ]
-        table.add_row(*cells, *([f"{row.speedup:.2f}x" if row.speedup else "-"] if with_speedup else []))
-    console.print(table)
+        for row in rows
+    ]
+    names = ("benchmark", *setting, *measured, *(["speed-up"] if with_speedup else []))
+    table(title, names, cells, left=["benchmark"])
 
 
 def _shown(value: float | None, form: str) -> str:
     """A dash where nothing was measured: filtered sampling, for one, has no walk."""
     return "-" if value is None or math.isnan(value) else format(value, form)
-
-
-def _update(progress: Progress, task: TaskID, done: int, total: int) -> None:
-    progress.update(task, completed=done, total=total)
-
-
-def _progress(*, visible: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not visible,
-    )
 
 
 def _rank_and_world() -> tuple[int, int]:

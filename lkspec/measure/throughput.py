@@ -8,21 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rich.console import Console
-from rich.table import Table
-
 from lkspec.benchmarks.base import Benchmark
 from lkspec.decoding.chain import Request
 from lkspec.decoding.sampling import Sampling
 from lkspec.drafts.base import Draft
 from lkspec.engines.speed import Speed
 from lkspec.measure.suite import RunFacts
+from lkspec.reporting.terminal import console, table
 from lkspec.runs.rows import ThroughputRow
 from lkspec.targets.base import Target
-
-console = Console()
-if not console.is_terminal:
-    console.width = 140  # a log file wraps nothing
 
 _CPU = "measured on a CPU: no decision about serving should rest on these figures"
 _WARM_UP_TOKENS = 8  # of each request that is not timed
@@ -225,23 +219,23 @@ def print_throughput(rows: Sequence[ThroughputRow]) -> None:
     """A table of rows of one setting, the verdicts, and what a measurement on a CPU is worth."""
     first = rows[0]
     title = f"throughput of {first.engine} on {first.hardware}, {first.num_requests} requests, T={first.temperature:g}"
-    table = Table(title=title, title_justify="left")
     names = ("concurrency", "K", "tokens", "output tokens/s", "median ms/token", "p95 ms/token", "speed-up")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
     gains = speedups(rows)
+    cells = []
     for row in rows:
         gain = gains.get((row.concurrency, row.num_draft_tokens))
-        table.add_row(
-            str(row.concurrency),
-            str(row.num_draft_tokens) if row.num_draft_tokens else "0 (no draft)",
-            str(row.num_tokens),
-            f"{row.tokens_per_second:.1f}",
-            f"{row.median_ms_per_token:.1f}",
-            f"{row.p95_ms_per_token:.1f}",
-            "-" if gain is None else f"{gain:.2f}x",
+        cells.append(
+            [
+                str(row.concurrency),
+                str(row.num_draft_tokens) if row.num_draft_tokens else "0 (no draft)",
+                str(row.num_tokens),
+                f"{row.tokens_per_second:.1f}",
+                f"{row.median_ms_per_token:.1f}",
+                f"{row.p95_ms_per_token:.1f}",
+                "-" if gain is None else f"{gain:.2f}x",
+            ]
         )
-    console.print(table)
+    table(title, names, cells)
     for line in verdicts(rows):
         console.print(line, soft_wrap=True)
     if first.hardware == "CPU":

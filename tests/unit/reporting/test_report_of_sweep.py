@@ -11,7 +11,7 @@ from rich.console import Console
 from lkspec.reporting.counts import find_runs
 from lkspec.reporting.layout import Layout
 from lkspec.reporting.of_sweep import _rows, sweep_table
-from lkspec.reporting.renderers import terminal
+from lkspec.reporting.renderers import rich_table
 from lkspec.reporting.tables import build_table
 
 
@@ -66,7 +66,7 @@ def test_a_terminal_shows_gains_below_and_resolved_ones_as_bold(tmp_path):
     runs = find_runs(str(make_study(tmp_path / "study") / "*"))
     table = build_table(runs, Layout(rows=["draft", "loss"], columns=["temperature"], value="walk", baseline="kl"))
     console = Console(width=120, record=True)
-    for part in terminal.render(table):
+    for part in rich_table.render(table):
         console.print(part, markup=False)
     shown = console.export_text()
     resolved = [cell for row in table.rows for cell in row.cells if cell.is_resolved]

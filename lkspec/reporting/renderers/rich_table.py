@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import rich.table
-from rich.console import Console
 
 from lkspec.reporting.model import Table
 from lkspec.reporting.renderers.text import column_name, row_header, row_labels, stacked
+from lkspec.reporting.terminal import console
 
 
 def render(table: Table) -> Iterator[rich.table.Table | str]:
@@ -25,7 +25,7 @@ def render(table: Table) -> Iterator[rich.table.Table | str]:
     yield from table.caption
 
 
-def show(table: Table, console: Console) -> None:
+def show(table: Table) -> None:
     """Prints it."""
     for part in render(table):
         console.print(part, soft_wrap=isinstance(part, str), highlight=False, markup=False)
