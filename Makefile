@@ -94,6 +94,7 @@ figures: $(INSTALLED) ## figures of the paper: the exact ones, and tau over K fr
 	$(PICTURE) value=alpha columns=[draft,depth] "title='acceptance rate, T = 1'" out=$(OUT)/alpha.png
 
 notebooks: $(MODEL) ## execute the notebooks and write them as HTML into notebooks/rendered
+	$(BIN)/lkspec evaluate run=$${LKSPEC_RUN:-latest} answers=held_out
 	$(BIN)/python -m nbconvert --to html --execute --output-dir notebooks/rendered notebooks/*.ipynb
 
 bench: $(MODEL) ## benchmarks of loss, training step and decoding (experiments/performance)

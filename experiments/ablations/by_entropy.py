@@ -23,8 +23,8 @@ from lkspec.app.load import TrainedRun, load_run
 from lkspec.data.chat import Encoded
 from lkspec.data.dataset import collate
 from lkspec.data.tokenised import read_tokenised
+from lkspec.measure.tokens import target_entropy
 from lkspec.measure.walk import draft_stats
-from lkspec.reporting.token_measuring import target_entropy
 from lkspec.runs.folder import RunFolder
 
 ANSWERS = Path(lkspec.data.__file__).parent / "embedded" / "validation_t1.jsonl"

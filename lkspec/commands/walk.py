@@ -10,15 +10,18 @@ from lkspec.app.application import instantiate
 from lkspec.app.load import PRETRAINED_KEY, TrainedRun
 from lkspec.data.capture_format import MANIFEST
 from lkspec.data.captured import CapturedStates
+from lkspec.data.chat import Encoded
 from lkspec.data.dataset import EncodedStore
 from lkspec.data.tokenised import read_tokenised
 from lkspec.measure.metrics import paired_difference_interval
+from lkspec.measure.tokens import measure_tokens
 from lkspec.measure.walk import walk_answers
 from lkspec.reporting.terminal import console, say, table
 from lkspec.runs.walk_rows import WalkRow
 from lkspec.types import Batch, TargetStates, check_sharpness
 
 OWN = "held_out"  # in place of a file: the answers that a run was validated on
+_TOKENS_OF = 40  # answers whose tokens are kept one by one
 
 
 def walk_run(
@@ -29,6 +32,8 @@ def walk_run(
     sharpness: Sequence[float],
 ) -> None:
     """Walks along answers with q^s for each s, adds the rows to the run's and shows tau.
+
+    tokens.parquet then holds the tokens of some of those written at T = 1.
 
     Args:
         run: draft and target.
@@ -49,12 +54,18 @@ def walk_run(
     if run.draft.max_depths is None:
         depths = max(depths, num_draft_tokens)
     rows: list[WalkRow] = []
+    warm: list[Encoded] = []
     for path in answers:
         read, states = (_own(run), _states(run)) if path == OWN else (_read(path, run), run.target.states)
         rows += walk_answers(
             run.target, run.draft, read, states=states, num_draft_tokens=depths, steps=run.step, sharpness=sharpness
         )
+        warm += [read[index] for index, temperature in enumerate(read.temperatures) if temperature == 1]
     run.folder.add_walk(rows)
+    if warm:
+        count = min(_TOKENS_OF, len(warm))
+        some = [warm[index * len(warm) // count] for index in range(count)]  # evenly spaced
+        run.folder.write_tokens(measure_tokens(run.target, run.draft, some))
     if list(sharpness) == [1.0]:
         _show_run(run)
     else:

@@ -25,15 +25,15 @@ _KINDS = (
 def token_frame(run: RunFolder) -> pd.DataFrame:
     """tokens.parquet of a run with ``kind``, ``domain``, ``place`` in the answer and ``uncertainty`` of the target.
 
-    Measured first where it is not there yet, which loads target and draft.
+    Raises:
+        ValueError: nobody has measured it yet.
     """
     table = run.read_token_table()
     if table is None:
-        from lkspec.reporting.token_measuring import measure_tokens  # torch and transformers, only now
-
-        run.write_tokens(measure_tokens(run))
-        table = run.read_token_table()
-        assert table is not None
+        raise ValueError(
+            f"{run.name} has no tokens.parquet: `lkspec evaluate run={run.path} answers=held_out` measures it, along "
+            "answers written at T = 1"
+        )
     found = table.to_pandas()
     found["kind"] = [token_kind(text) for text in found["text"]]
     found["domain"] = [domain_of(name) for name in found["conversation"]]

@@ -13,7 +13,7 @@ from report_runs import make_study
 
 from lkspec.data.tiny import tiny_rows
 from lkspec.reporting.counts import read_series
-from lkspec.reporting.token_measuring import measure_tokens
+from lkspec.reporting.tokens import token_frame
 from lkspec.runs.folder import list_runs
 
 
@@ -101,12 +101,15 @@ def test_a_training_leaves_the_walk_of_each_conversation(lkspec_cli, tmp_path):
     assert 1 <= walks[1].value <= walks[2].value
     for series in read_series([run], "alpha"):
         assert series.value == pytest.approx(metrics[f"val/T1/alpha/depth_{series.get('depth')}"], rel=1e-5)
-    tokens = measure_tokens(run, temperature=1.0, num_conversations=6)
+    with pytest.raises(ValueError, match=r"has no tokens\.parquet"):
+        token_frame(run)
+    outcome = lkspec_cli("evaluate", f"run={run.path}", "answers=held_out")
+    assert outcome.code == 0, outcome.err
+    tokens = token_frame(run)
     for depth in (1, 2):
-        chosen = [row for row in tokens if row.depth == depth]
-        mean = sum(row.alpha for row in chosen) / len(chosen)
-        assert mean == pytest.approx(metrics[f"val/T1/alpha/depth_{depth}"], rel=1e-4)
-        assert all(0 <= row.entropy <= math.log(264) for row in chosen)
-        texts = {(row.conversation, row.position): row.text for row in chosen}
+        chosen = tokens[tokens["depth"] == depth]
+        assert chosen["alpha"].mean() == pytest.approx(metrics[f"val/T1/alpha/depth_{depth}"], rel=1e-4)
+        assert chosen["entropy"].between(0, math.log(264)).all()
+        texts = {(row.conversation, row.position): row.text for row in chosen.itertuples()}
         answer = rows[1]["messages"][1]["content"]
         assert "".join(texts[rows[1]["id"], place] for place in range(depth, 30)) == answer[depth:30]

@@ -1,4 +1,4 @@
-"""Where a draft fails, token by token: a pass of target and draft along held-out answers."""
+"""Where a draft fails, token by token: a pass of target and draft along answers."""
 
 from __future__ import annotations
 
@@ -8,40 +8,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lkspec.app.application import instantiate
-from lkspec.app.load import TrainedRun, load_run
 from lkspec.data.chat import Encoded
 from lkspec.data.dataset import collate
+from lkspec.drafts.base import Draft
 from lkspec.measure.walk import draft_stats
-from lkspec.runs.folder import RunFolder
 from lkspec.runs.token_rows import TokenRow
+from lkspec.targets.base import Target
 from lkspec.types import LinearHead
 
 _CHUNK = 256  # target rows whose logits are alive together
 
 
 @torch.inference_mode()
-def measure_tokens(folder: RunFolder, *, temperature: float = 1.0, num_conversations: int = 40) -> list[TokenRow]:
-    """Statistics of every token of some validation answers, evenly spaced over the set, at every trained depth.
-
-    Raises:
-        ValueError: as ``load_run``; no validation conversation of that temperature.
-    """
-    run = load_run(folder)
-    data = instantiate(run.config.data)
-    data.bind(run.target.tokenizer, eos_ids=run.target.eos_ids, max_positions=run.target.max_positions)
-    data.setup()
-    everything = data.val_conversations(temperature)
-    count = min(num_conversations, len(everything))
-    chosen = [everything[index * len(everything) // count] for index in range(count)]
-    return [row for encoded in chosen for row in _rows(run, encoded)]
+def measure_tokens(target: Target, draft: Draft, answers: Sequence[Encoded]) -> list[TokenRow]:
+    """Statistics at T = 1 of every token of some answers, at every trained depth."""
+    return [row for encoded in answers for row in _rows(target, draft, encoded)]
 
 
-def _rows(run: TrainedRun, encoded: Encoded) -> Iterator[TokenRow]:
-    batch = collate([[encoded]]).to(run.target.device)
-    states = run.target.states(batch)
-    stats = draft_stats(run.draft, batch, states, run.target.head)
-    entropy = target_entropy(states.last[0], run.target.head)
+def _rows(target: Target, draft: Draft, encoded: Encoded) -> Iterator[TokenRow]:
+    batch = collate([[encoded]]).to(target.device)
+    states = target.states(batch)
+    stats = draft_stats(draft, batch, states, target.head)
+    entropy = target_entropy(states.last[0], target.head)
     alpha = stats.log_alpha.exp()
     turns = batch.turns[0].tolist()
     first: dict[int, int] = {}
@@ -53,7 +41,7 @@ def _rows(run: TrainedRun, encoded: Encoded) -> Iterator[TokenRow]:
         yield TokenRow(
             conversation=encoded.id,
             position=slot - first[turns[slot]],
-            text=str(run.target.tokenizer.decode([encoded.tokens[slot]])),
+            text=str(target.tokenizer.decode([encoded.tokens[slot]])),
             depth=index + 1,
             alpha=float(alpha[index, 0, anchor]),
             accept_prob=float(stats.accept_prob[index, 0, anchor]),
