@@ -18,6 +18,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 
 from lkspec.app.application import config_dir, instantiate
+from lkspec.app.build import open_data
 from lkspec.data.sources import embedded_path
 from lkspec.files import write_text
 
@@ -28,9 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = compose("train", overrides=["experiment=ablation"])
-    target, data = instantiate(config.target), instantiate(config.data)
-    data.bind(target.tokenizer, eos_ids=target.eos_ids, max_positions=target.max_positions)
-    data.setup()
+    data = open_data(config, instantiate(config.target))
     trained_on = set(data.train_set.ids)
     lines = embedded_path(config.data.train.removeprefix("embedded:")).read_text(encoding="utf-8").split("\n")
     answers = [row for row in map(json.loads, filter(None, lines)) if row["id"] in trained_on]

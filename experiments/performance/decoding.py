@@ -112,8 +112,7 @@ def make_requests(target: TransformersTarget, new_tokens: int) -> list[Request]:
     requests = []
     for prompt in prompts:
         messages = [{"role": "user", "content": prompt.turns[0]}]
-        ids = target.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        requests.append(Request(prompt.id, 0, tuple(ids), new_tokens))
+        requests.append(Request(prompt.id, 0, target.prompt_ids(messages), new_tokens))
     return requests
 
 

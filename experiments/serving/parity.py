@@ -91,8 +91,7 @@ def compare_format(
 def first_turn(run: TrainedRun, prompt_id: str, prompt: BenchmarkPrompt, max_new_tokens: int) -> Request:
     """A prompt's first turn, as the target's chat template puts it."""
     messages = [{"role": "user", "content": prompt.turns[0]}]
-    ids = run.target.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    return Request(prompt_id, 0, tuple(ids), max_new_tokens)
+    return Request(prompt_id, 0, run.target.prompt_ids(messages), max_new_tokens)
 
 
 def compare_q(run: TrainedRun, out: Path, prompts: Iterable[BenchmarkPrompt], num_draft_tokens: int) -> float:

@@ -14,7 +14,8 @@ import csv
 import time
 from pathlib import Path
 
-from lkspec.app.application import instantiate, quiet_libraries
+from lkspec.app.application import quiet_libraries
+from lkspec.app.build import open_data
 from lkspec.app.load import TrainedRun, load_run
 from lkspec.data.chat import Encoded
 from lkspec.decoding.chain import ChainDecoder, Request
@@ -36,9 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     quiet_libraries()
     run = load_run(find_run(options.run, options.run_root))
-    data = instantiate(run.config.data)
-    data.bind(run.target.tokenizer, eos_ids=run.target.eos_ids, max_positions=run.target.max_positions)
-    data.setup()
+    data = open_data(run.config, run.target)
     rows = [
         compare(run, data.val_conversations(temperature)[: options.num_prompts], temperature, options)
         for temperature in (0.0, 1.0)

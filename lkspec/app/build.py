@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from lkspec.app.application import instantiate, resolved
 from lkspec.benchmarks.base import Benchmark
 from lkspec.data.datamodule import SpeculatorDataModule
+from lkspec.data.encoded import EncodedData
 from lkspec.drafts.base import Draft
 from lkspec.export.reading import Pretrained
 from lkspec.measure.suite import RunFacts
@@ -18,6 +20,20 @@ from lkspec.runs.folder import RunFolder
 from lkspec.targets.base import Target
 from lkspec.targets.dims import with_layer
 from lkspec.vocab import DraftVocab, default_size
+
+Share = Callable[[Callable[[], EncodedData]], EncodedData]
+
+
+def open_data(config: DictConfig, target: Target, *, share: Share | None = None) -> SpeculatorDataModule:
+    """The data of a configuration, tokenised for a target; ``share`` may give what an earlier call of it was given.
+
+    Raises:
+        ValueError: as ``SpeculatorDataModule`` and its ``read``.
+    """
+    data: SpeculatorDataModule = instantiate(config.data)
+    data.bind(target.tokenizer, eos_ids=target.eos_ids, max_positions=target.max_positions)
+    data.adopt(data.read() if share is None else share(data.read))
+    return data
 
 
 def build_vocab(config: DictConfig, target: Target, data: SpeculatorDataModule) -> DraftVocab:

@@ -17,9 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lkspec.app import sweeps
 from lkspec.app.application import instantiate, resolved
-from lkspec.app.build import expanded_draft
+from lkspec.app.build import expanded_draft, open_data
 from lkspec.app.job import Identity, State, code_of, estimated_seconds, held, is_held, job_state, outcome_config
-from lkspec.data.datamodule import SpeculatorDataModule
 from lkspec.reporting.terminal import console
 from lkspec.runs.folder import RunFolder, find_run, run_name
 from lkspec.targets.base import Target
@@ -201,9 +200,7 @@ def _facts(config: DictConfig) -> _Facts:
 @functools.cache
 def _read_facts(target_config: str, data_config: str) -> _Facts:
     target: Target = instantiate(OmegaConf.create(json.loads(target_config)))
-    data: SpeculatorDataModule = instantiate(OmegaConf.create(json.loads(data_config)))
-    data.bind(target.tokenizer, eos_ids=target.eos_ids, max_positions=target.max_positions)
-    data.setup()
+    data = open_data(OmegaConf.create({"data": json.loads(data_config)}), target)
     return _Facts(target.fingerprint, data.fingerprint, data.num_supervised_tokens, len(data.train_dataloader()))
 
 

@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lkspec.app.application import entry_point, instantiate
+from lkspec.app.build import open_data
 from lkspec.data.capture_format import DTYPE, MANIFEST, bytes_per_token
 from lkspec.data.captured import CapturedStates, CaptureWriter, capture_writer, store_keys
 from lkspec.data.datamodule import SpeculatorDataModule
@@ -45,9 +46,7 @@ def main(config: DictConfig) -> None:
     if config.shard_mb <= 0:
         raise ValueError(f"shard_mb: expected a size above 0, got {config.shard_mb}")
     target: Target = instantiate(config.target)
-    data: SpeculatorDataModule = instantiate(config.data)
-    data.bind(target.tokenizer, eos_ids=target.eos_ids, max_positions=target.max_positions)
-    data.setup()
+    data = open_data(config, target)
     texts, out, shard_bytes = _distinct_texts(data), Path(config.out), int(config.shard_mb * 1e6)
     if config.plan:
         there = (out / MANIFEST).exists() and not config.overwrite

@@ -17,7 +17,6 @@ from lkspec.data.generation import (
     PromptFilter,
     ResumableJsonl,
     bare_user_header,
-    prompt_tokens,
     prompts_digest,
     read_prompts,
 )
@@ -71,7 +70,7 @@ def _answer(
     done = {row["id"] for row in out.rows}
     waiting = {prompt.id: prompt for prompt in prompts if prompt.id not in done}
     requests = [
-        Request(prompt.id, 0, prompt_tokens(target.tokenizer, prompt), options["max_new_tokens"])
+        Request(prompt.id, 0, target.prompt_ids(prompt.messages), options["max_new_tokens"])
         for prompt in waiting.values()
     ]
     with progress("generating", len(prompts), "rows", done=len(done)) as advance:

@@ -9,8 +9,8 @@ from rich.rule import Rule
 from rich.text import Text
 
 from lkspec.app.application import entry_point, instantiate
+from lkspec.app.build import open_data
 from lkspec.data.chat import colour_spans
-from lkspec.data.datamodule import SpeculatorDataModule
 from lkspec.reporting.terminal import console
 from lkspec.targets.base import Target
 
@@ -19,9 +19,7 @@ from lkspec.targets.base import Target
 def main(config: DictConfig) -> None:
     """Shows a few training conversations and counts what is supervised."""
     target: Target = instantiate(config.target)
-    data: SpeculatorDataModule = instantiate(config.data)
-    data.bind(target.tokenizer, eos_ids=target.eos_ids, max_positions=target.max_positions)
-    data.setup()
+    data = open_data(config, target)
     conversations = [data.train_set[index] for index in range(data.num_conversations)]
     if config.ids:
         known = {conversation.id: conversation for conversation in conversations}

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from lkspec.app.application import entry_point
 from lkspec.app.load import open_run
-from lkspec.data.generation import Prompt, prompt_tokens, read_prompts
+from lkspec.data.generation import Prompt, read_prompts
 from lkspec.decoding.chain import ChainDecoder, Request
 from lkspec.decoding.sampling import Sampling
 from lkspec.files import write_text
@@ -35,7 +35,7 @@ def main(config: DictConfig) -> None:
     console.print(terminal_legend(config.num_draft_tokens))
     entries = []
     for prompt in prompts:
-        request = Request(prompt.id, 0, prompt_tokens(run.target.tokenizer, prompt), config.max_new_tokens)
+        request = Request(prompt.id, 0, run.target.prompt_ids(prompt.messages), config.max_new_tokens)
         completion = next(decoder.run([request]))
         text = prompt.messages[-1]["content"]
         entries.append((text, completion))

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from lkspec.app import sweeps
 from lkspec.app.application import entry_point, flat_settings, instantiate, resolved
-from lkspec.app.build import build_benchmarks, build_draft, build_vocab, run_facts
+from lkspec.app.build import build_benchmarks, build_draft, build_vocab, open_data, run_facts
 from lkspec.app.job import SECONDS, Identity, code_of
 from lkspec.app.load import draft_weights, init_draft, initial_weights, read_checkpoint
 from lkspec.app.start import Opened, opened_run, planned
@@ -90,10 +90,7 @@ def _validate_the_end(trainer: Trainer, module: SpeculatorModule, data: Speculat
 def _target_and_data(config: DictConfig) -> tuple[Target, SpeculatorDataModule]:
     """The target, and the data tokenised for it; jobs of a sweep have them in common."""
     target: Target = sweeps.shared("target", resolved(config.target), lambda: instantiate(config.target))
-    data: SpeculatorDataModule = instantiate(config.data)
-    data.bind(target.tokenizer, eos_ids=target.eos_ids, max_positions=target.max_positions)
-    data.adopt(sweeps.shared("data", _data_key(config), data.read))
-    return target, data
+    return target, open_data(config, target, share=partial(sweeps.shared, "data", _data_key(config)))
 
 
 def _data_key(config: DictConfig) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from lkspec.app.application import instantiate
+from lkspec.app.build import open_data
 from lkspec.app.load import PRETRAINED_KEY, TrainedRun
 from lkspec.data.capture_format import MANIFEST
 from lkspec.data.captured import CapturedStates
@@ -88,9 +88,7 @@ def _own(run: TrainedRun) -> EncodedStore:
     """The conversations that a run was validated on, those of known temperature: validation walks no others."""
     if PRETRAINED_KEY in run.config:
         raise ValueError(f"answers={OWN}: {run.folder.name} was not trained here and has none; name a file")
-    data = instantiate(run.config.data)
-    data.bind(run.target.tokenizer, eos_ids=run.target.eos_ids, max_positions=run.target.max_positions)
-    data.setup()
+    data = open_data(run.config, run.target)
     store = EncodedStore()
     for one in map(data.validation_set.__getitem__, range(len(data.validation_set))):
         if one.temperature is not None:

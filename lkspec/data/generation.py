@@ -86,12 +86,6 @@ def _parse_messages(rows: Any, where: str) -> tuple[dict[str, str], ...]:
     return messages
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[int, ...]:
-    """The chat template up to where the answer begins."""
-    ids = tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True, return_dict=False)
-    return tuple(ids)
-
-
 def bare_user_header(tokenizer: PreTrainedTokenizerBase, system: str | None) -> tuple[int, ...]:
     """The chat template up to where the user's text begins: what Magpie (arXiv 2406.08464) lets the target continue.
 

@@ -41,9 +41,9 @@ class RealText:
         """Lets the target answer a prompt's first turn, by default mini_chat's first; one too long for it is cut."""
         prompt = prompt or Mini(suite="chat").prompts()[0]
         messages = [{"role": "user", "content": prompt.turns[0]}]
-        ids = target.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        ids = target.prompt_ids(messages)
         room = target.max_positions - _NUM_ANSWER_TOKENS - num_draft_tokens
-        request = Request(prompt.id, 0, tuple(ids[:room]), _NUM_ANSWER_TOKENS)
+        request = Request(prompt.id, 0, ids[:room], _NUM_ANSWER_TOKENS)
         alone = ChainDecoder(target, None, sampling=Sampling(temperature=0), num_draft_tokens=0, batch_size=1)
         answer = next(alone.run([request])).tokens
         tokens = torch.tensor([*request.tokens, *answer], device=target.device)

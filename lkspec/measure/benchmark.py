@@ -240,8 +240,7 @@ def _request(
         for message in ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
     ]
     messages = [*system, *earlier, {"role": "user", "content": prompt.turns[turn]}]
-    ids = target.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    return Request(prompt.id, turn, tuple(ids), benchmark.max_new_tokens)
+    return Request(prompt.id, turn, target.prompt_ids(messages), benchmark.max_new_tokens)
 
 
 def _text(target: Target, completion: Completion) -> str:

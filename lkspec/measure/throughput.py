@@ -134,8 +134,7 @@ def _requests(target: Target, benchmarks: Sequence[Benchmark], options: Throughp
     requests = []
     for number, (name, system, text) in enumerate(itertools.islice(itertools.cycle(questions), options.num_requests)):
         messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
-        ids = target.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        requests.append(Request(f"{name}#{number}", 0, tuple(ids), options.max_new_tokens))
+        requests.append(Request(f"{name}#{number}", 0, target.prompt_ids(messages), options.max_new_tokens))
     return requests
 
 

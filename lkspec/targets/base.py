@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,6 +59,10 @@ class Target(Protocol):
     @property
     def vocab_size(self) -> int:
         """V: columns of the logits."""
+        ...
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """The chat template of ``role`` and ``content`` messages up to where the answer begins."""
         ...
 
     def states(self, batch: Batch) -> TargetStates:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,9 @@ class TransformersTarget:
     @property
     def vocab_size(self) -> int:
         return self.head.weight.shape[0]
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        return tuple(self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
 
     @torch.no_grad()
     def states(self, batch: Batch) -> TargetStates:

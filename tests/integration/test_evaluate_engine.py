@@ -60,8 +60,7 @@ def brief_requests(target: TinyTarget) -> list[Request]:
     requests = []
     for prompt in Mini(suite="math", num_prompts=2, template=settings["template"]).prompts():
         messages = [{"role": "user", "content": prompt.turns[0]}]
-        ids = target.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        requests.append(Request(prompt.id, 0, tuple(ids), 16))
+        requests.append(Request(prompt.id, 0, target.prompt_ids(messages), 16))
     return requests
 
 

@@ -53,8 +53,7 @@ def _requests(target: TransformersTarget, *, num_prompts: int, max_new_tokens: i
     for suite in SUITES:
         for prompt in Mini(suite=suite, num_prompts=num_prompts // len(SUITES)).prompts():
             messages = [{"role": "user", "content": prompt.turns[0][:_QUESTION_LENGTH]}]
-            ids = target.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-            requests.append(Request(f"{suite}/{prompt.id}", 0, tuple(ids), max_new_tokens))
+            requests.append(Request(f"{suite}/{prompt.id}", 0, target.prompt_ids(messages), max_new_tokens))
     return requests
 
 

@@ -13,7 +13,6 @@ from lkspec.data.generation import (
     ResumableJsonl,
     bare_user_header,
     is_loop,
-    prompt_tokens,
     prompts_digest,
     read_prompts,
 )
@@ -137,10 +136,6 @@ def test_the_digest_tells_prompts_apart():
 
 
 class TestChatHeader:
-    def test_prompt_tokens_end_where_the_answer_begins(self):
-        expected = ids(IM_START, "user\nHé?", IM_END, "\n", IM_START, "assistant\n")
-        assert prompt_tokens(byte_tokenizer(), Prompt("p", (user("Hé?"),))) == expected
-
     def test_bare_header_ends_where_the_user_begins(self):
         assert bare_user_header(byte_tokenizer(), None) == ids(IM_START, "user\n")
 

@@ -19,11 +19,7 @@ QUESTIONS = (
 
 @pytest.fixture(scope="module")
 def prompts(smollm2):
-    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    return [
-        tuple(smollm2.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
-        for chat in chats
-    ]
+    return [smollm2.prompt_ids([{"role": "user", "content": question}]) for question in QUESTIONS]
 
 
 @pytest.fixture(scope="module")

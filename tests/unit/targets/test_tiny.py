@@ -28,6 +28,12 @@ def test_chat_template_is_chatml():
     assert len(TOKENIZER) == 259
 
 
+def test_prompt_ids_end_where_the_answer_begins():
+    im_start, im_end = [256], [257]
+    expected = [*im_start, *"user\nHé?".encode(), *im_end, *b"\n", *im_start, *b"assistant\n"]
+    assert TinyTarget(device="cpu").prompt_ids([{"role": "user", "content": "Hé?"}]) == tuple(expected)
+
+
 @pytest.mark.parametrize(("kind", "attention"), KINDS)
 def test_same_seed_same_model(kind, attention):
     first = TinyTarget(kind=kind, attn_implementation=attention, device="cpu")
