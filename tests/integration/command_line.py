@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).parents[2]
 CPU = ("target.device=cpu", "trainer.accelerator=cpu")
 # A small draft, 9 conversations in 4 steps an epoch of a tenth of a second each.
 TINY_DATA = ("target=tiny", "data=tiny", "data.train=tiny:10", "data.max_tokens=512")
-TINY_RUN = (*TINY_DATA, "trainer=smoke", "draft.num_depths=2", *CPU)
+TINY_RUN = (*TINY_DATA, "debug=smoke", "draft.num_depths=2", *CPU)
 NO_EVALUATION = ("~callbacks.acceptance_length",)
 # A few tokens of decoding: enough rounds to count.
 BRIEF_EVALUATION = ("benchmark=mini_math", "benchmark.num_prompts=2", "++benchmark.max_new_tokens=16")

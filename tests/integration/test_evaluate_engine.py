@@ -42,7 +42,7 @@ def train(cli: Run, tmp_path: Path, *overrides: str) -> TinyTarget:
     target.tokenizer.save_pretrained(tmp_path / "target")
     saved = ("target=transformers", f"target.path={tmp_path / 'target'}", "target.dtype=float32", "target.device=cpu")
     data = [override for override in TINY_DATA if not override.startswith("target")]
-    run = (*data, *saved, "trainer=smoke", "trainer.max_steps=1", "trainer.accelerator=cpu", *NO_EVALUATION)
+    run = (*data, *saved, "debug=smoke", "trainer.max_steps=1", "trainer.accelerator=cpu", *NO_EVALUATION)
     outcome = cli("train", *run, "draft.num_depths=2", *overrides)
     assert outcome.code == 0, outcome.err
     return target
@@ -108,7 +108,7 @@ def test_throughput_of_vllm(lkspec_cli, tmp_path):
 class TestServer:
     @pytest.fixture
     def run(self, lkspec_cli) -> Run:
-        run = (*TINY_DATA, "trainer=smoke", "trainer.max_steps=1", *NO_EVALUATION, "draft.num_depths=2")
+        run = (*TINY_DATA, "debug=smoke", "trainer.max_steps=1", *NO_EVALUATION, "draft.num_depths=2")
         assert lkspec_cli("train", *run).code == 0
         return lkspec_cli
 
@@ -160,7 +160,7 @@ def test_a_draft_that_vllm_does_not_serve(lkspec_cli, tmp_path):
 
 
 def test_a_target_in_memory_is_saved_for_vllm(lkspec_cli):
-    run = (*TINY_DATA, "trainer=smoke", "trainer.max_steps=1", *NO_EVALUATION, "draft.num_depths=2")
+    run = (*TINY_DATA, "debug=smoke", "trainer.max_steps=1", *NO_EVALUATION, "draft.num_depths=2")
     assert lkspec_cli("train", *run).code == 0
     outcome = lkspec_cli("evaluate", "run=latest", "benchmark=mini", *ENGINE, *THROUGHPUT)
     assert outcome.code == 0, outcome.err

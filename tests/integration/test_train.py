@@ -212,7 +212,7 @@ def test_a_bad_input_is_one_readable_line(lkspec_cli, overrides, named):
     assert not list(Path().glob("runs/*/checkpoints/*")), "it was refused only after training"
 
 
-@pytest.mark.parametrize("override", ["vocab.szie=100", "draft=eagel3", "trianer=smoke"])
+@pytest.mark.parametrize("override", ["vocab.szie=100", "draft=eagel3", "trianer=ddp"])
 def test_a_key_or_choice_that_is_not_there_is_named_without_a_stack_trace(lkspec_cli, override):
     outcome = lkspec_cli("train", *TINY_RUN, override)
     assert outcome.code != 0

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.serve, pytest.mark.slow]
 TRAIN = (
     *("target=tiny", "target.num_heads=2", "target.num_kv_heads=1", "target.device=cpu"),
     *("data=tiny", "data.train=tiny:10", "data.max_tokens=512", "draft.num_depths=3"),
-    *("trainer=smoke", "trainer.accelerator=cpu", "~callbacks.acceptance_length"),
+    *("debug=smoke", "trainer.accelerator=cpu", "~callbacks.acceptance_length"),
 )
 EVALUATE = (
     *("run=latest", "num_draft_tokens=[3]", "temperatures=[0]"),
