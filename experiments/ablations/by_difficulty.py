@@ -14,7 +14,7 @@ from collections import defaultdict
 
 from lkspec.measure.metrics import paired_difference_interval
 from lkspec.reporting.counts import find_runs
-from lkspec.reporting.series import about_run
+from lkspec.reporting.series import Source
 from lkspec.runs.folder import RunFolder
 
 Counts = dict[str, tuple[float, float]]  # conversation -> (accepted, rounds)
@@ -30,7 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     walks: dict[tuple[str, int], dict[float, Counts]] = {}
     for run in find_runs(options.runs):
-        settings = about_run(run).settings
+        settings = Source(run).settings
         name = (str(settings["objective"]), int(settings["seed"]))
         if name in walks:
             parser.error(f"--runs: two are {name[0]} of seed {name[1]}; name runs of one draft and recipe")

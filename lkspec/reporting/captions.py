@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lkspec.reporting.cells import differences, recipe
+from lkspec.reporting.counts import HELD_OUT
 from lkspec.reporting.grid import Labels
-from lkspec.reporting.held_out import HELD_OUT
 from lkspec.reporting.labels import label, sort_key
 from lkspec.reporting.layout import Layout
 from lkspec.reporting.model import OURS, Table

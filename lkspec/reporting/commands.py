@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lkspec.reporting.held_out import HELD_OUT
+from lkspec.reporting.counts import HELD_OUT
 from lkspec.reporting.labels import label, published_overrides
 from lkspec.reporting.series import Series
 

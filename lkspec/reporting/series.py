@@ -48,28 +48,44 @@ class Series:
         return self.settings[key] if key in self.settings else self.config.get(key)
 
 
-@dataclass(frozen=True)
-class About:
-    """What all series of a run share: who it is, and its configuration, flat."""
+class Source:
+    """A run whose configuration is read once for all of its series.
 
-    settings: dict[str, Any]
-    config: dict[str, Any]
+    Attributes:
+        settings: who the run is; part of the settings of every series.
+        config: its configuration, flat.
+    """
 
+    def __init__(self, run: RunFolder) -> None:
+        config = run.config
+        names, path = config["names"], config["target"].get("path")
+        arguments = {key: value for key, value in (config.get("loss") or {}).items() if key != "_target_"}
+        self.run, self.config = run, flat(config)
+        self.settings: dict[str, Any] = {
+            "run": run.name,
+            "draft": names["draft"],
+            "loss": names["loss"],
+            "objective": objective_label(names["loss"], arguments),
+            "target": Path(path).name if path else names["target"],  # one choice of the group, many models
+            "seed": config["seed"],
+        }
 
-def about_run(run: RunFolder) -> About:
-    """Read off the run's configuration."""
-    config = run.config
-    arguments = {key: value for key, value in (config.get("loss") or {}).items() if key != "_target_"}
-    names, path = config["names"], config["target"].get("path")
-    settings = {
-        "run": run.name,
-        "draft": names["draft"],
-        "loss": names["loss"],
-        "objective": objective_label(names["loss"], arguments),
-        "target": Path(path).name if path else names["target"],  # one choice of the group, many models
-        "seed": config["seed"],
-    }
-    return About(settings, flat(config))
+    def series(
+        self,
+        settings: Mapping[str, Any],
+        numerator: Any,
+        denominator: Any,
+        *,
+        groups: pd.Series[str] | None = None,
+        offset: float = 0.0,
+    ) -> Series:
+        """A series of numbers with the group of each, summed within groups; of one number where there are none."""
+        codes, names = ([0], ()) if groups is None else pd.factorize(groups, sort=True)
+        weights = (np.broadcast_to(np.asarray(part, dtype=np.float64), len(codes)) for part in (numerator, denominator))
+        sums = [np.bincount(codes, weight, len(names)) for weight in weights]
+        return Series(
+            self.run, {**self.settings, **settings}, self.config, tuple(map(str, names)), sums[0], sums[1], offset
+        )
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -78,24 +94,3 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
-
-
-def make_series(
-    run: RunFolder,
-    settings: Mapping[str, Any],
-    about: About,
-    groups: Any,
-    numerator: Any,
-    denominator: Any,
-    offset: float,
-) -> Series:
-    """A series with its sums as arrays."""
-    sums = [np.asarray(values, dtype=np.float64) for values in (numerator, denominator)]
-    return Series(run, settings, about.config, tuple(str(group) for group in groups), sums[0], sums[1], offset)
-
-
-def sums_by(groups: pd.Series[str], numerator: Any, denominator: Any) -> tuple[Any, Any, Any]:
-    """The different groups, and numerator and denominator summed within them."""
-    codes, names = pd.factorize(groups, sort=True)
-    sums = [np.bincount(codes, np.asarray(c, dtype=np.float64), len(names)) for c in (numerator, denominator)]
-    return names, sums[0], sums[1]

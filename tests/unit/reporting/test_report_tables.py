@@ -8,7 +8,7 @@ import pytest
 from report_runs import decoded, make_run, make_study, measure, walk_held_out
 
 from lkspec.measure.metrics import paired_difference_interval
-from lkspec.reporting.counts import find_runs, frame, read_series, results_frame
+from lkspec.reporting.counts import find_runs, read_series, results_frame
 from lkspec.reporting.labels import objective_label, published_overrides
 from lkspec.reporting.layout import Layout
 from lkspec.reporting.model import Cell, Table
@@ -75,20 +75,7 @@ def test_the_row_after_the_most_training_counts(tmp_path):
     assert series.groups
 
 
-def test_runs_without_walk_parquet_have_the_whole_from_their_metrics(tmp_path):
-    run = make_run(tmp_path)
-    run.write_metrics(
-        {"val/T1/walk_acceptance_length": 1.25, "val/T1/alpha/depth_2": 0.5, "val/T0/alpha/depth_1": 0.25}
-    )
-    assert [(s.value, s.get("num_draft_tokens")) for s in read_series([run], "walk")] == [(1.25, 3)]
-    alphas = {(s.get("temperature"), s.get("depth")): s.value for s in read_series([run], "alpha")}
-    assert alphas == {(1.0, 2): 0.5, (0.0, 1): 0.25}
-
-
-def test_frames_for_notebooks(study):
-    table = frame(read_series(study, "walk"), ["optimizer.lr"])
-    assert len(table) == 12 * 2 * 3
-    assert set(table["optimizer.lr"]) == {0.001}
+def test_a_frame_of_all_results(study):
     results = results_frame(study)
     assert len(results) == 12 * 4
     assert set(results["objective"]) == {"kl", "lk_lambda_eta_3"}
