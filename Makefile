@@ -53,7 +53,7 @@ captured: $(CAPTURED)/manifest.json ## the target's states of the embedded set, 
 # make ablation-loss ARGS='loss=kl,lk_alpha seed=0,1' narrows or extends it; DRY=1 runs nothing: it lists jobs and
 # hours, and shows the table of those that are done.
 ablation-%: $(if $(DRY),$(MODEL),$(CAPTURED)/manifest.json) ## ablation-loss, -draft, -eta, -vocab, ...: a sweep of conf/experiment/ablation_*.yaml
-	$(BIN)/lkspec train -m experiment=ablation_$* $(if $(DRY),plan=true) $(ARGS)
+	$(BIN)/lkspec train -m experiment=ablation_$* $(if $(DRY),list_jobs=true) $(ARGS)
 
 BASE ?= kl
 DRAFT ?= mlp

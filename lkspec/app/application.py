@@ -98,8 +98,8 @@ class _Task:
 
     def __call__(self, config: DictConfig) -> Any:
         quiet_libraries()
-        if sweeps.is_job():
-            return sweeps.run_job(functools.partial(self._function, config), _users_mistake)
+        if config.get("journal") is not None:  # a job of a sweep
+            return sweeps.Sweep.of(config).run_job(functools.partial(self._function, config), _users_mistake)
         try:
             return self._function(config)
         except Exception as error:
@@ -147,18 +147,6 @@ def resolved(config: DictConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
-
-
-def flat_settings(config: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Nested settings as ``a/b`` -> scalar, for loggers' hyper-parameter tables."""
-    flat: dict[str, bool | int | float | str] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            flat |= flat_settings(value, f"{name}/")
-        elif value is not None:
-            flat[name] = value if isinstance(value, bool | int | float) else str(value)
-    return flat
 
 
 def quiet_libraries() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +11,66 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from lkspec.app.application import instantiate, resolved
+from lkspec.app.sweeps import Sweep
 from lkspec.benchmarks.base import Benchmark
+from lkspec.data.captured import CapturedStates
 from lkspec.data.datamodule import SpeculatorDataModule
-from lkspec.data.encoded import EncodedData
-from lkspec.drafts.base import Draft
+from lkspec.drafts.base import Draft, UnrollOptions
 from lkspec.export.reading import Pretrained
-from lkspec.measure.suite import RunFacts
+from lkspec.losses.fused.head_summary import head_summary
+from lkspec.measure.benchmark import Measurement
+from lkspec.measure.suite import RunFacts, Suite
 from lkspec.runs.folder import RunFolder
 from lkspec.targets.base import Target
 from lkspec.targets.dims import with_layer
+from lkspec.targets.memory import RememberedStates
+from lkspec.training.acceptance_length import AcceptanceLength
+from lkspec.training.module import SpeculatorModule
+from lkspec.training.run import Trainer, make_trainer
+from lkspec.types import Batch, TargetStates
 from lkspec.vocab import DraftVocab, default_size
 
-Share = Callable[[Callable[[], EncodedData]], EncodedData]
 
-
-def open_data(config: DictConfig, target: Target, *, share: Share | None = None) -> SpeculatorDataModule:
-    """The data of a configuration, tokenised for a target; ``share`` may give what an earlier call of it was given.
+def open_data(config: DictConfig, target: Target, sweep: Sweep | None = None) -> SpeculatorDataModule:
+    """The data set of a configuration, read and tokenised for a target; jobs of a sweep read it once.
 
     Raises:
-        ValueError: as ``SpeculatorDataModule`` and its ``read``.
+        ValueError: as ``SpeculatorDataModule``.
     """
     data: SpeculatorDataModule = instantiate(config.data)
     data.bind(target.tokenizer, eos_ids=target.eos_ids, max_positions=target.max_positions)
-    data.adopt(data.read() if share is None else share(data.read))
+    sweep = sweep or Sweep()
+    data.adopt(sweep.once("data", [resolved(config.target), data.read_settings], data.read))
     return data
+
+
+def target_and_data(config: DictConfig, sweep: Sweep) -> tuple[Target, SpeculatorDataModule]:
+    """The target, and the data tokenised for it; jobs of a sweep share them."""
+    target: Target = sweep.once("target", resolved(config.target), lambda: instantiate(config.target))
+    return target, open_data(config, target, sweep)
+
+
+def build_states(
+    config: DictConfig, draft: Draft, target: Target, data: SpeculatorDataModule, sweep: Sweep
+) -> Callable[[Batch], TargetStates]:
+    """Where the target's states come from: the target itself or a capture; either is remembered on request."""
+    states: Callable[[Batch], TargetStates] = target.states
+    if config.states_dir is not None:
+        states = captured = CapturedStates(Path(config.states_dir), target)
+        captured.check(data.train_set, data.validation_set)
+    fills_alone = target.device.type == "cpu" or config.states_dir is not None
+    source = [resolved(config.target), data.read_settings, config.states_dir, config.states_memory_gb]
+    return sweep.once(
+        "states",
+        [*source, draft.reads_aux, draft.vocab.is_full],
+        lambda: RememberedStates(
+            states,
+            config.states_memory_gb,
+            company=None if fills_alone else data.encoded.company(),
+            summarise=None if draft.vocab.is_full else partial(head_summary, target.head),
+            with_aux=draft.reads_aux,
+        ),
+    )
 
 
 def build_vocab(config: DictConfig, target: Target, data: SpeculatorDataModule) -> DraftVocab:
@@ -90,6 +127,56 @@ def build_benchmarks(config: DictConfig) -> list[Benchmark]:
     return [instantiate(entry) for entry in config.values() if isinstance(entry, DictConfig) and "_target_" in entry]
 
 
+def build_module(
+    config: DictConfig, draft: Draft, target: Target, data: SpeculatorDataModule, suite: Suite, sweep: Sweep
+) -> SpeculatorModule:
+    """What Lightning trains."""
+
+    def evaluate(stage: str, step: int) -> list[Measurement]:
+        return suite.run(module.draft, stage=stage, step=step, supervised_tokens=module.num_supervised_seen)
+
+    draft.unroll_options = UnrollOptions(**resolved(config.unroll))
+    module = SpeculatorModule(
+        draft,
+        instantiate(config.loss),
+        target_states=build_states(config, draft, target, data, sweep),
+        target_head=target.head,
+        optimizer=instantiate(config.optimizer),
+        scheduler=instantiate(config.scheduler),
+        gamma=config.loss_options.gamma,
+        gradient_clip=config.gradient_clip,
+        chunk_size=config.loss_options.chunk_size,
+        evaluate=evaluate,
+        checkpoint_info={
+            "config": resolved(config),
+            "target_fingerprint": target.fingerprint,
+            "data_fingerprint": data.fingerprint,
+        },
+    )
+    return module
+
+
+def build_trainer(config: DictConfig, folder: RunFolder, suite: Suite, draft: Draft) -> Trainer:
+    """The trainer with its callbacks and loggers; ``{run_dir}`` in their settings is the run's folder.
+
+    Raises:
+        ValueError: as ``make_trainer``; benchmarks that are to be decoded with settings that the draft does not take.
+    """
+    callbacks, loggers = (
+        [instantiate(_in_folder(entry, folder)) for entry in group.values() if entry is not None]  # null switches off
+        for group in (config.callbacks, config.logger)
+    )
+    if any(isinstance(callback, AcceptanceLength) for callback in callbacks):
+        suite.check(draft)
+    options = {"callbacks": callbacks, "logger": loggers}
+    return make_trainer(lambda: instantiate(config.trainer, **options), str(config.trainer.precision))
+
+
+def _in_folder(entry: DictConfig, folder: RunFolder) -> DictConfig:
+    text = {key: value.replace("{run_dir}", str(folder.path)) for key, value in entry.items() if isinstance(value, str)}
+    return OmegaConf.create({**entry, **text})
+
+
 def run_facts(config: DictConfig, folder: RunFolder, target: Target, info: dict[str, Any]) -> RunFacts:
     """What results rows say of a run; ``info`` holds the data's fingerprint."""
     arguments = {key: value for key, value in resolved(config.loss).items() if key != "_target_"}
@@ -103,5 +190,15 @@ def run_facts(config: DictConfig, folder: RunFolder, target: Target, info: dict[
         data_fingerprint=info["data_fingerprint"],
         seed=config.seed,
         eta=arguments.get("eta"),
-        eta_source=config.eta_source,
+        eta_source=eta_source(config),
+    )
+
+
+def eta_source(config: DictConfig) -> str | None:
+    """Who chose the adaptive objective's eta; None for objectives without one."""
+    eta = config.loss.get("eta")
+    if eta is None:
+        return None
+    return (
+        f"the paper's for {config.names.draft}" if eta == config.draft.get("paper_eta") else "set by the configuration"
     )

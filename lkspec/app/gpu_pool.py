@@ -6,7 +6,6 @@ The lock goes with the process, however it ends.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import tempfile
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import IO
 
 import torch
+
+from lkspec.runs.lock import try_lock
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -43,18 +44,12 @@ def take_device(devices: Sequence[str], *, folder: Path | None = None) -> str:
     if _taken is not None:
         return os.environ[VISIBLE]
     folder = folder or Path(tempfile.gettempdir()) / f"lkspec-gpus-{os.getuid()}"
-    folder.mkdir(parents=True, exist_ok=True)
     assert not torch.cuda.is_initialized(), "a device is taken before CUDA is initialised"
     for device in devices:
-        file = (folder / re.sub(r"[^A-Za-z0-9.-]", "-", device)).open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            continue
-        _taken = file
-        os.environ[VISIBLE] = device
-        return device
+        if (file := try_lock(folder / re.sub(r"[^A-Za-z0-9.-]", "-", device))) is not None:
+            _taken = file
+            os.environ[VISIBLE] = device
+            return device
     raise ValueError(
         f"no free GPU among {', '.join(devices)}: another sweep of yours has them; wait for its end, name others in "
         f"{VISIBLE}, or lower hydra.launcher.n_jobs"

@@ -12,7 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from lkspec.app.application import instantiate, resolved
-from lkspec.app.build import build_draft, draft_layer, expanded_draft
+from lkspec.app.build import build_draft, build_vocab, draft_layer, expanded_draft
+from lkspec.app.job import Job
+from lkspec.data.datamodule import SpeculatorDataModule
 from lkspec.drafts.base import Draft
 from lkspec.export.reading import Pretrained, fill, fingerprint
 from lkspec.runs.folder import RunFolder, find_run, run_name
@@ -89,6 +91,22 @@ def init_draft(draft: Draft, initial: InitialWeights, config: DictConfig, target
     fill(draft, initial.tensors(draft), where)
 
 
+def draft_to_train(job: Job, target: Target, data: SpeculatorDataModule) -> Draft:
+    """The draft of a job, from its checkpoint, from ``draft.init_from``, or from random numbers."""
+    config = job.config
+    if job.checkpoint is not None:  # Lightning restores its weights; the vocabulary is needed before
+        ids = draft_weights(read_checkpoint(job.folder))["vocab.ids"]
+        return build_draft(config.draft, target, DraftVocab(ids, target.vocab_size))
+    source = config.draft.get("init_from")
+    if source is None:
+        return build_draft(config.draft, target, build_vocab(config, target, data))
+    initial = initial_weights(source, Path(config.run_root), target)
+    vocab = initial.vocab if config.vocab.size == "auto" else build_vocab(config, target, data)
+    draft = build_draft(config.draft, target, vocab)
+    init_draft(draft, initial, config.draft, target)
+    return draft
+
+
 def _check_layer(where: str, theirs: Mapping[str, Any] | None, ours: Mapping[str, Any] | None, target: Target) -> None:
     """Compares what decoder layers compute; positions beyond an engine's limit are none of it."""
     there, here = (with_layer(target.spec, layer).dims for layer in (theirs, ours))
@@ -163,12 +181,10 @@ def _pretrained_folder(config: DictConfig, root: Path) -> RunFolder:
         "loss": {},
         "names": {"draft": name, "loss": PRETRAINED_KEY, "target": target.name, "data": "none"},
         "seed": 0,
-        "eta_source": None,
         PRETRAINED_KEY: {"fingerprint": fingerprint(built), "target_fingerprint": target.fingerprint},
     }
-    folder_name = run_name(
-        name, PRETRAINED_KEY, target.name, seed=0, config=settings, ignore=("target.device", "target.dtype")
-    )
+    of_target = {key: value for key, value in resolved(config.target).items() if key not in ("device", "dtype")}
+    folder_name = run_name(name, PRETRAINED_KEY, target.name, seed=0, outcome={**settings, "target": of_target})
     folder = RunFolder(root / folder_name)
     if (folder.path / "config.yaml").is_file():
         return folder

@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lkspec.app.application import entry_point, resolved
-from lkspec.app.sweeps import KEPT_JOURNAL, read_journal
+from lkspec.app.sweeps import read_journal
 from lkspec.reporting.counts import Series, read_series
 from lkspec.reporting.intervals import Counts, Estimate, estimate, paired_gain
 from lkspec.reporting.terminal import console, table
@@ -110,8 +110,8 @@ def _trained(sides: Sequence[Side]) -> list[list[RunFolder]]:
 
 def _started(side: Side, journal: Path) -> subprocess.Popen[bytes]:
     threads = str(max(1, (os.cpu_count() or 2) // 2))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, KEPT_JOURNAL: str(journal)}
-    command = [sys.executable, "-m", "lkspec.commands.train", "-m", *side.overrides]
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    command = [sys.executable, "-m", "lkspec.commands.train", "-m", *side.overrides, f"journal={journal}"]
     console.print(f"{side.name}: training, {side.log} tells how far", highlight=False, soft_wrap=True)
     with side.log.open("wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)

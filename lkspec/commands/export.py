@@ -43,7 +43,7 @@ def _facts(run: TrainedRun, config: DictConfig) -> Facts:
     return Facts(
         run=run.folder.name,
         config=resolved(run.config),
-        origin=run.folder.origin,
+        origin={**run.folder.origin, "code_hash": run.folder.code_hash},
         info=run.info,
         step=run.step,
         rows=run.folder.read_results(),

@@ -78,6 +78,8 @@ class SpeculatorDataModule(LightningDataModule):
         self.max_length, self.max_tokens, self.accumulate, self.pack = max_length, max_tokens, accumulate, pack
         self.num_workers, self.seed, self.on_bad_row = num_workers, seed, on_bad_row
         self._val_fraction, self._split_seed, self._limit = val_fraction, split_seed, limit_conversations
+        #: All that ``read`` depends on besides the target: data modules that agree in it may share what it gives.
+        self.read_settings = [train, self._validation_paths, max_length, on_bad_row, val_fraction, split_seed]
         # A rank without a validation conversation takes part with an empty batch.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._tokenizer: PreTrainedTokenizerBase | None = None

@@ -166,7 +166,7 @@ class Suite:
         return ResultRow(
             run=facts.folder.name,
             commit=origin.get("commit", ""),
-            code_hash=origin.get("code_hash", ""),
+            code_hash=facts.folder.code_hash,
             draft=facts.draft,
             loss=facts.loss,
             loss_args=json.dumps(facts.loss_arguments, sort_keys=True),

@@ -1,10 +1,9 @@
-"""Acceptance statistics of a draft on a text: the join of draft, target states and losses, and the walk over it."""
+"""The walk of a draft along texts that the target wrote."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,37 +15,12 @@ from lkspec.data.planning import plan_evaluation
 from lkspec.decoding.walk import WalkCount, walk_turns
 from lkspec.drafts.base import Draft
 from lkspec.losses.fused.head_summary import head_summary
-from lkspec.losses.fused.token_stats import fused_token_stats
 from lkspec.runs.walk_rows import WalkRow
 from lkspec.targets.base import Target
-from lkspec.types import Batch, LinearHead, TargetStates, TokenStats, stack_rows
+from lkspec.training.statistics import draft_stats
+from lkspec.types import Batch, TargetStates, TokenStats, stack_rows
 
 _TEXT_TOKENS = (2048, 16384)  # padded tokens a batch of the walk, on a CPU and elsewhere
-
-
-def draft_stats(
-    draft: Draft,
-    batch: Batch,
-    states: TargetStates,
-    target_head: LinearHead,
-    *,
-    num_depths: int | None = None,
-    sharpness: float = 1.0,
-    **options: Any,
-) -> TokenStats:
-    """Statistics of every supervised token of a batch, of q^sharpness; ``options`` as in ``fused_token_stats``."""
-    hidden = draft.unroll(batch, states, num_depths)
-    return fused_token_stats(
-        hidden,
-        [draft.head(depth).sharpened(sharpness) for depth in range(1, len(hidden) + 1)],
-        states.last,
-        target_head,
-        draft.vocab,
-        batch.tokens,
-        batch.as_made.depth_mask(len(hidden)),
-        target_summary=states.summary,
-        **options,
-    )
 
 
 def accept_probability(stats: TokenStats, temperature: float) -> Float[Tensor, "K B T"]:

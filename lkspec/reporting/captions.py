@@ -140,7 +140,7 @@ def _recipes_differ(pairs: Sequence[Pair]) -> Iterable[str]:
 
 
 def _code(shown: Sequence[Series]) -> Iterable[str]:
-    versions = {one.run.name: one.run.origin.get("code_hash", "") for one in {s.run.name: s for s in shown}.values()}
+    versions = {one.run.name: one.run.code_hash for one in {s.run.name: s for s in shown}.values()}
     if len(set(versions.values())) > 1:
         yield f"The runs were made by {len(set(versions.values()))} versions of the code."
 

@@ -4,7 +4,7 @@ A run folder, ``<root>/<draft>-<loss>-<target>-s<seed>-<hash8>/``::
 
     config.yaml     the resolved configuration; written last: a folder that has it is complete
     overrides.txt   what was typed, one override a line
-    git.txt         commit, uncommitted changes, hash of the package's code, time of creation
+    git.txt         commit, uncommitted changes, time of creation
     checkpoints/    step=<n>.ckpt, last.ckpt
     tb/             TensorBoard
     metrics.json    the last value of every metric
@@ -12,7 +12,7 @@ A run folder, ``<root>/<draft>-<loss>-<target>-s<seed>-<hash8>/``::
     walk.parquet    one row a held-out conversation x depth x sharpness, of validation or `lkspec evaluate answers=`
     tokens.parquet  one row a token x depth of some answers that were walked, written at T = 1
     results.csv     one row a setting (benchmark, temperature, num_draft_tokens, engine, sharpness) x protocol x steps
-    identity.json   what besides its configuration the run's numbers depend on (see jobs.py)
+    identity.json   what besides its configuration the run's numbers depend on (see identity.py)
     failure.txt     why the last attempt ended in an error; gone with the next attempt
     throughput.csv  one row a concurrency x num_draft_tokens x engine x protocol x training steps
 
@@ -21,14 +21,13 @@ Every file is replaced atomically: a crash leaves the old one. Only one process 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
 import re
 import shutil
 import subprocess
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,6 +41,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 
 from lkspec.files import write_text
+from lkspec.runs.identity import code_hash
 from lkspec.runs.rows import (
     ResultRow,
     RoundRow,
@@ -61,37 +61,13 @@ _PACKAGE = Path(__file__).parents[1]
 _LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # also a Hydra value that needs no quotes
 
 
-def run_name(
-    draft: str, loss: str, target: str, *, seed: int, config: Mapping[str, Any], ignore: Collection[str] = ()
-) -> str:
-    """``<draft>-<loss>-<target>-s<seed>-<hash8>``, the hash over what decides the outcome of a run.
+def run_name(draft: str, loss: str, target: str, *, seed: int, outcome: Mapping[str, Any]) -> str:
+    """``<draft>-<loss>-<target>-s<seed>-<hash8>``, the hash over what decides the outcome of a run (see keys.py).
 
-    Args:
-        draft, loss, target: names; characters outside ``[A-Za-z0-9._-]`` become ``-``.
-        seed: of the run.
-        config: the resolved configuration.
-        ignore: dotted keys (``trainer.devices``, ``logger``) that concern only the machine or the output.
+    Characters of the names outside ``[A-Za-z0-9._-]`` become ``-``.
     """
     names = (re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("._-") or "unnamed" for name in (draft, loss, target))
-    return "-".join([*names, f"s{seed}", content_hash(_without(config, ignore))])
-
-
-def _without(config: Mapping[str, Any], ignore: Collection[str], prefix: str = "") -> dict[str, Any]:
-    kept = {}
-    for key, value in config.items():
-        if f"{prefix}{key}" not in ignore:
-            kept[key] = _without(value, ignore, f"{prefix}{key}.") if isinstance(value, Mapping) else value
-    return kept
-
-
-def code_hash(package: Path = _PACKAGE) -> str:
-    """sha256 over the names and contents of a package's ``.py`` files."""
-    digest = hashlib.sha256()
-    for file in sorted(package.rglob("*.py"), key=lambda file: file.relative_to(package).as_posix()):
-        digest.update(
-            f"{file.relative_to(package).as_posix()}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode()
-        )
-    return digest.hexdigest()
+    return "-".join([*names, f"s{seed}", content_hash(outcome)])
 
 
 @dataclass(frozen=True)
@@ -111,14 +87,9 @@ class RunFolder:
         if not _LEGAL_NAME.fullmatch(name):
             raise ValueError(f"run name: expected only letters, digits and ._- (a letter or digit first), got {name!r}")
         run = cls(Path(root) / name)
-        if held := run._worth_keeping():
-            raise ValueError(
-                f"{run.path} already holds this run ({held.name}): continue it with resume={name}, start it again "
-                f"with on_existing=replace, take another seed, or remove the folder"
-            )
+        run.refuse_results()
         origin = {
             **_git_state(),
-            "code_hash": code_hash(),
             "created": datetime.now(UTC).isoformat(timespec="microseconds"),
         }
         run.checkpoints_dir.mkdir(parents=True, exist_ok=True)
@@ -138,6 +109,18 @@ class RunFolder:
         if not run._config_file.is_file():
             raise ValueError(f"{path} is not a run folder: expected a config.yaml in it")
         return run
+
+    def refuse_results(self) -> None:
+        """Refuses to start a run where one has got as far as a checkpoint or a result.
+
+        Raises:
+            ValueError: it has.
+        """
+        if held := self._worth_keeping():
+            raise ValueError(
+                f"{self.path} already holds this run ({held.name}): continue it with resume={self.name}, start it "
+                "again with on_existing=replace, take another seed, or remove the folder"
+            )
 
     def _worth_keeping(self) -> Path | None:
         """A checkpoint or a result, if there is any."""
@@ -160,7 +143,7 @@ class RunFolder:
 
     @property
     def origin(self) -> dict[str, str]:
-        """``commit``, ``dirty``, ``code_hash`` and ``created`` (UTC, ISO 8601); empty for a folder made by hand."""
+        """``commit``, ``dirty`` and ``created`` (UTC, ISO 8601); empty for a folder made by hand."""
         file = self.path / "git.txt"
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         return dict(line.split(": ", 1) for line in lines)
@@ -210,6 +193,12 @@ class RunFolder:
     def write_identity(self, identity: Mapping[str, Any]) -> None:
         """Writes identity.json."""
         write_text(self._identity_file, json.dumps(dict(identity), indent=2) + "\n")
+
+    @property
+    def code_hash(self) -> str:
+        """8 hex digits for the code that trained the run; empty where no identity was written."""
+        identity = self.read_identity()
+        return "" if identity is None else code_hash(identity["trained_by"])
 
     def read_identity(self) -> dict[str, Any] | None:
         """identity.json; None where none was written."""

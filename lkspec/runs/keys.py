@@ -16,8 +16,8 @@ class Kind(StrEnum):
     OUTPUT = "output"  # names, folders, logs, and which jobs run at all
 
 
-# The longest entry that is a key or a section above it counts. A section whose keys are of several kinds lists them;
-# a key that is not here, such as one of a user's own class, decides what its section does: nothing is reused by mistake.
+# The longest entry that is a key or a section above it counts. A section whose keys are of several kinds lists them; a
+# key that is not here, such as one of a user's own class, decides what its section does: nothing is reused by mistake.
 KINDS: Mapping[str, Kind] = {
     "draft": Kind.TRAINED,
     "target": Kind.TRAINED,

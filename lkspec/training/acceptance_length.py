@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -13,22 +12,19 @@ from lkspec.runs.rows import measurement_name
 
 
 class AcceptanceLength(Callback):
-    """Decides when to measure; ``evaluate`` knows what and how.
+    """Decides when to measure; the module's ``evaluate`` knows what and how.
 
     Args:
-        evaluate: measures the module's draft at a stage (``before``, ``during`` or ``after``).
         every_n_epochs: measure after every n-th epoch; 0 never.
         before_training: measure once before the first step of a fresh run.
     """
 
     def __init__(
         self,
-        evaluate: Callable[[str, int], list[Measurement]],
         *,
         every_n_epochs: int = 0,
         before_training: bool = False,
     ) -> None:
-        self._evaluate = evaluate
         self._every_n_epochs = every_n_epochs
         self._before_training = before_training
 
@@ -47,7 +43,7 @@ class AcceptanceLength(Callback):
 
     def _run(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pl_module.eval()
-        for measurement in self._evaluate(stage, trainer.global_step):
+        for measurement in pl_module.evaluate(stage, trainer.global_step):
             scalars = measurement_scalars(measurement)
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step=trainer.global_step)

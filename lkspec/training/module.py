@@ -1,4 +1,16 @@
-"""SpeculatorModule: joins a draft, a target's states and an objective into one LightningModule."""
+"""SpeculatorModule: joins a draft, a target's states and an objective into one LightningModule.
+
+The life of a batch:
+
+1. ``SpeculatorDataModule`` yields the micro-batches of one optimiser step, and ``training_step`` counts their tokens
+   that are supervised at each depth (N_k), over all ranks.
+2. ``target_states(batch)``: the frozen target reads the text, or a capture or memory gives what it read.
+3. ``draft.unroll(batch, states)``: the draft's hidden states at every anchor and depth.
+4. ``draft_stats`` multiplies them with the heads, chunk by chunk, and keeps kl, alpha, .. per token and depth.
+5. The objective turns statistics into values: in ``training_step``, or, where a value needs nothing but its own row,
+   inside step 4 (``InForward``), which forms the gradient while the logits are alive.
+6. ``reduce_loss`` weighs depths and divides by N_k; backward, clip and step follow once per list.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +31,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from lkspec.drafts.base import Draft
 from lkspec.losses.fused.in_forward import InForward
 from lkspec.losses.objectives import Comparison, Objective, masked_sums, reduce_loss
-from lkspec.measure.walk import draft_stats, walk_rows
+from lkspec.measure.benchmark import Measurement
+from lkspec.measure.walk import walk_rows
 from lkspec.runs.walk_rows import WalkRow
+from lkspec.training.statistics import draft_stats
 from lkspec.types import Batch, LinearHead, TargetStates, TokenStats
 
 CHECKPOINT_KEY = "lkspec"
@@ -43,7 +57,11 @@ class SpeculatorModule(LightningModule):
         gradient_clip: largest gradient norm.
         chunk_size: target rows whose logits are alive together; None leaves it to the statistics.
         walk_depths: drafted tokens of the validation walk; the draft's trained depths by default.
+        evaluate: measures the draft by decoding at a stage (``before``, ``during`` or ``after`` training) and step.
         checkpoint_info: plain data saved with every checkpoint (the resolved config, the target's fingerprint).
+
+    Raises:
+        ValueError: as the optimiser and the schedule: a bad argument is found before training.
     """
 
     def __init__(
@@ -59,6 +77,7 @@ class SpeculatorModule(LightningModule):
         gradient_clip: float = 0.5,
         chunk_size: int | None = None,
         walk_depths: int | None = None,
+        evaluate: Callable[[str, int], list[Measurement]] | None = None,
         checkpoint_info: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -69,9 +88,11 @@ class SpeculatorModule(LightningModule):
         self._target_head = target_head
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
+        scheduler(optimizer(self._trainable()), 1)  # refuses bad arguments now
         self.gamma, self.gradient_clip = gamma, gradient_clip
         self._chunk_size = chunk_size
         self._walk_depths = walk_depths or draft.num_depths
+        self.evaluate = evaluate
         self._checkpoint_info = checkpoint_info or {}
         self._validation: dict[str, _ValidationSums] = {}
         self.walk_rows: list[WalkRow] = []  # of the last validation, over all ranks
@@ -80,8 +101,11 @@ class SpeculatorModule(LightningModule):
         self.num_supervised_seen = 0
 
     def configure_optimizers(self) -> Any:
-        optimizer = self._make_optimizer([p for p in self.draft.parameters() if p.requires_grad])
+        optimizer = self._make_optimizer(self._trainable())
         return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer, self._num_steps())}
+
+    def _trainable(self) -> list[Tensor]:
+        return [parameter for parameter in self.draft.parameters() if parameter.requires_grad]
 
     def _num_steps(self) -> int:
         """Optimiser steps of the whole run.

@@ -9,8 +9,8 @@ import torch
 from draft_cases import CASES, Case, batch_for, conversation, half_vocab, make_draft, unrolled
 from torch import Tensor
 
-from lkspec.measure.walk import draft_stats
 from lkspec.targets.tiny import TinyTarget
+from lkspec.training.statistics import draft_stats
 from lkspec.types import LinearHead
 from lkspec.vocab import DraftVocab
 

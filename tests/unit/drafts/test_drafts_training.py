@@ -14,8 +14,8 @@ from lkspec.drafts.base import Draft
 from lkspec.losses import objectives
 from lkspec.losses.fused.in_forward import InForward
 from lkspec.losses.objectives import LKLambda, Objective, masked_sums, reduce_loss
-from lkspec.measure.walk import draft_stats
 from lkspec.targets.tiny import TinyTarget
+from lkspec.training.statistics import draft_stats
 from lkspec.types import LinearHead, TargetSpec
 
 KINDS = [kind for kind in vars(objectives).values() if isinstance(kind, type) and issubclass(kind, Objective)]

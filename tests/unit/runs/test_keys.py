@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
+from omegaconf import OmegaConf
 
-from lkspec.runs.keys import Kind, kind, outcome
+from lkspec.runs.keys import KINDS, Kind, kind, outcome
 
+CONF = Path(__file__).parents[3] / "conf"
 CONFIG = {
     "seed": 0,
     "run_root": "runs",
@@ -113,3 +121,52 @@ def test_the_longest_entry_counts():
     assert kind("trainer.max_epochs") == kind("trainer") == Kind.TRAINED
     assert kind("callbacks.checkpoint.every_n_train_steps") == Kind.OUTPUT
     assert kind("unknown.key") == Kind.TRAINED
+
+
+@pytest.fixture(scope="module")
+def composed() -> dict:
+    """The configuration of ``lkspec train``, not resolved."""
+    state = Singleton.get_state()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("train", return_hydra_config=True)
+            HydraConfig.instance().set_config(config)
+            return OmegaConf.to_container(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+    finally:
+        Singleton.set_state(state)
+
+
+def test_every_key_of_a_training_is_in_the_table(composed):
+    assert set(composed) - set(KINDS) == set(), "say in runs/keys.py what these keys decide"
+    assert {key for key in KINDS if "." not in key} - set(composed) == set(), "no such keys"
+
+
+def test_every_key_of_a_section_of_several_kinds_is_known():
+    """A new key there must be looked at: it is either in the table or known to decide the draft."""
+    decides_the_draft = {
+        "target": {
+            "_target_", "path", "gguf", "dtype", "attn_implementation", "aux_layer_ids", "revision",
+            "trust_remote_code", "kind", "seed", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_size",
+            "vocab_size", "max_positions", "logit_std",
+        },
+        "data": {
+            "_target_", "train", "max_length", "max_tokens", "accumulate", "pack", "seed", "on_bad_row", "val_fraction",
+            "split_seed", "limit_conversations",
+        },
+        "trainer": {
+            "_target_", "precision", "max_epochs", "max_steps", "max_time", "inference_mode", "use_distributed_sampler",
+        },
+        "loss_options": {"gamma"},
+        "callbacks": set(),
+    }  # fmt: skip
+    assert set(decides_the_draft) == {key.partition(".")[0] for key in KINDS if "." in key}
+    for section, known in decides_the_draft.items():
+        given: set[str] = set()
+        texts = [file.read_text() for file in (CONF / section).glob("*.yaml")]
+        for text in (text for text in texts if "@package _global_" not in text):
+            given |= set(yaml.safe_load(text) or {}) - {"defaults"}
+        if not given:
+            given = set(yaml.safe_load((CONF / "train.yaml").read_text())[section])
+        listed = {key.partition(".")[2] for key in KINDS if key.startswith(f"{section}.")}
+        assert given - listed - known == set(), f"say in runs/keys.py what these keys of {section} decide"

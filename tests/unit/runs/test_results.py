@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lkspec import files
 from lkspec.runs import folder as results
-from lkspec.runs.folder import RunFolder, code_hash, find_run, list_runs, read_results, run_name
+from lkspec.runs.folder import RunFolder, find_run, list_runs, read_results, run_name
 from lkspec.runs.rows import ResultRow, RoundRow, read_result_rows, write_result_rows
 
 CONFIG = {"seed": 0, "loss": {"_target_": "lkspec.losses.objectives.LK", "eta": 3.0}, "lr": 1e-5, "name": "ünï"}
@@ -108,27 +108,22 @@ def make_run(root: Path, name: str, created: str) -> RunFolder:
 
 
 def test_name_says_what_the_run_is():
-    name = run_name("eagle3", "lk_lambda", "Qwen/Qwen3-4B", seed=7, config=CONFIG)
+    name = run_name("eagle3", "lk_lambda", "Qwen/Qwen3-4B", seed=7, outcome=CONFIG)
     assert re.fullmatch(r"eagle3-lk_lambda-Qwen-Qwen3-4B-s7-[0-9a-f]{8}", name)
 
 
 @given(st.text(), st.text(), st.text(), st.integers(0, 2**32))
 @settings(max_examples=200, deadline=None)
 def test_name_is_always_legal(draft, loss, target, seed):
-    name = run_name(draft, loss, target, seed=seed, config={"draft": draft})
+    name = run_name(draft, loss, target, seed=seed, outcome={"draft": draft})
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)
 
 
-def test_hash_counts_what_decides_the_outcome():
-    def name(config):
-        return run_name("a", "b", "c", seed=0, config=config, ignore=["logger", "trainer.devices"])
-
-    base = {"lr": 1e-3, "trainer": {"devices": 1, "max_steps": 5}, "logger": {"tb": {}}}
-    reordered = {"trainer": {"max_steps": 5, "devices": 8}, "lr": 1e-3}
-    assert name(base) == name(reordered)
-    assert name(base) != name({**base, "lr": 2e-3})
-    assert name(base) != name({**base, "trainer": {"devices": 1, "max_steps": 6}})
-    assert name(base) != name({**base, "devices": 1})  # only the dotted key is ignored, not its last word
+def test_another_outcome_has_another_name():
+    names = [
+        run_name("a", "b", "c", seed=0, outcome=outcome) for outcome in ({"x": 1, "y": 2}, {"y": 2, "x": 1}, {"x": 2})
+    ]
+    assert names[0] == names[1] != names[2]
 
 
 # --- creating and opening
@@ -138,25 +133,10 @@ def test_create_records_where_a_run_comes_from(run):
     assert run.config == CONFIG
     assert yaml.safe_load((run.path / "config.yaml").read_text()) == CONFIG
     assert run.overrides == ["loss=kl", "seed=0"]
-    assert run.origin["code_hash"] == code_hash()
-    assert {"commit", "dirty", "created"} < set(run.origin)
+    assert {"commit", "dirty", "created"} == set(run.origin)
     assert run.checkpoints_dir.is_dir()
     assert RunFolder.open(run.path) == run
     assert run.tb_dir == run.path / "tb"
-
-
-def test_code_hash_follows_names_and_contents(tmp_path):
-    package = tmp_path / "package"
-    (package / "sub").mkdir(parents=True)
-    (package / "a.py").write_text("x = 1\n")
-    (package / "sub" / "b.py").write_text("")
-    first = code_hash(package)
-    (package / "data.json").write_text("{}")
-    assert code_hash(package) == first
-    (package / "sub" / "b.py").rename(package / "sub" / "c.py")
-    renamed = code_hash(package)
-    (package / "a.py").write_text("x = 2\n")
-    assert len({first, renamed, code_hash(package)}) == 3
 
 
 def git(folder: Path, *arguments: str) -> str:
