@@ -24,8 +24,8 @@ from lkspec.data.chat import Encoded
 from lkspec.data.dataset import collate
 from lkspec.data.tokenised import read_tokenised
 from lkspec.measure.tokens import target_entropy
-from lkspec.measure.walk import draft_stats
 from lkspec.runs.folder import RunFolder
+from lkspec.training.statistics import draft_stats
 
 ANSWERS = Path(lkspec.data.__file__).parent / "embedded" / "validation_t1.jsonl"
 

@@ -17,8 +17,8 @@ from lkspec.drafts.medusa import Medusa
 from lkspec.drafts.mlp import MLPSpeculator
 from lkspec.drafts.mtp import MTP
 from lkspec.losses.objectives import LKLambda, masked_sums, reduce_loss
-from lkspec.measure.walk import draft_stats
 from lkspec.targets.smollm2 import SmolLM2Target
+from lkspec.training.statistics import draft_stats
 from lkspec.types import Batch, TargetStates
 from lkspec.vocab import DraftVocab
 

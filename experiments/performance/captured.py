@@ -28,8 +28,8 @@ from lkspec.drafts.medusa import Medusa
 from lkspec.drafts.mlp import MLPSpeculator
 from lkspec.losses.fused.in_forward import InForward
 from lkspec.losses.objectives import KL, reduce_loss
-from lkspec.measure.walk import draft_stats
 from lkspec.targets.smollm2 import SmolLM2Target
+from lkspec.training.statistics import draft_stats
 from lkspec.types import Batch, LinearHead, TargetStates
 from lkspec.vocab import DraftVocab
 

@@ -18,7 +18,7 @@ from lkspec.drafts.eagle3 import Eagle3
 from lkspec.losses.fused.head_summary import head_summary
 from lkspec.losses.fused.in_forward import InForward
 from lkspec.losses.objectives import KL, LKAlpha, LKLambda, Objective, masked_sums, reduce_loss
-from lkspec.measure.walk import draft_stats
+from lkspec.training.statistics import draft_stats
 from lkspec.types import Batch, DecoderDims, LinearHead, TargetSpec, TargetStates
 from lkspec.vocab import DraftVocab
 

@@ -94,7 +94,7 @@ def build_draft(config: DictConfig, target: Target, vocab: DraftVocab) -> Draft:
     """The draft of a configuration, on the target's device.
 
     Three keys are not its class's: ``freeze``, names of parameters to leave as they are, ``init_from`` (see
-    ``assemble.py``) and ``layer``, what of its decoder layer is not the target's, in the words of a Llama config.
+    ``load.py``) and ``layer``, what of its decoder layer is not the target's, in the words of a Llama config.
     """
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key not in ("freeze", "init_from", "layer")])
     draft: Draft = instantiate(own, with_layer(target.spec, draft_layer(config)), vocab)
