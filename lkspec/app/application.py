@@ -37,6 +37,15 @@ def config_dir() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "conf"
 
 
+def target_name(target: DictConfig) -> str:
+    """What results call a configured target, known before it is built: its ``name``, else the last part of its path."""
+    path = target.get("path")
+    return str(target.get("name") or (Path(path).name if path else target._target_.rpartition(".")[2]))
+
+
+OmegaConf.register_new_resolver("target_name", target_name, replace=True)
+
+
 class WorkingDirectorySearchPath(SearchPathPlugin):
     """Puts ``./conf`` behind the packaged configuration."""
 

@@ -7,10 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from lkspec.app.application import entry_point, instantiate, resolved
+from lkspec.app.application import entry_point, instantiate, resolved, target_name
 from lkspec.data.generation import (
     AnswerFilter,
     Prompt,
@@ -90,8 +89,8 @@ def _answer_by_server(config: DictConfig, prompts: list[Prompt], settings: dict[
             "engine=server answers prompts as text: prompts=magpie and token_ids=true need the target itself"
         )
     server: Server = instantiate(config.engine)
-    names = [config.target[key] for key in ("path", "name") if config.target.get(key)]
-    model = server.choose_model(names or [HydraConfig.get().runtime.choices["target"]])
+    path = config.target.get("path")
+    model = server.choose_model([*([path] if path else []), target_name(config.target)])
     out = ResumableJsonl(Path(config.out), {**settings, "model": model})
     if out.rows:
         console.print(f"resuming {out.partial}: {len(out.rows)} rows are done")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,7 +57,7 @@ class Source:
 
     def __init__(self, run: RunFolder) -> None:
         config = run.config
-        names, path = config["names"], config["target"].get("path")
+        names = config["names"]
         arguments = {key: value for key, value in (config.get("loss") or {}).items() if key != "_target_"}
         self.run, self.config = run, flat(config)
         self.settings: dict[str, Any] = {
@@ -66,7 +65,7 @@ class Source:
             "draft": names["draft"],
             "loss": names["loss"],
             "objective": objective_label(names["loss"], arguments),
-            "target": Path(path).name if path else names["target"],  # one choice of the group, many models
+            "target": names["target"],
             "seed": config["seed"],
         }
 

@@ -40,6 +40,7 @@ class SmolLM2Target(TransformersTarget):
     def __init__(
         self,
         *,
+        name: str = "smollm2_135m",
         gguf: str | None = None,
         dtype: str = "float32",
         device: str = "auto",
@@ -48,7 +49,7 @@ class SmolLM2Target(TransformersTarget):
     ) -> None:
         super().__init__(
             str(converted_folder(gguf)),
-            name="smollm2_135m",
+            name=name,
             dtype=dtype,
             device=device,
             attn_implementation=attn_implementation,

@@ -49,6 +49,7 @@ class TinyTarget(TransformersTarget):
     def __init__(
         self,
         *,
+        name: str = "tiny",
         kind: str = "llama",
         seed: int = 0,
         num_layers: int = 8,
@@ -87,7 +88,7 @@ class TinyTarget(TransformersTarget):
                 config, dtype=parse_dtype(dtype), attn_implementation=attn_implementation
             )
         _draw_weights(model, seed, logit_std)
-        self._init_from(model, byte_tokenizer(), name=f"tiny_{kind}", aux_layer_ids=aux_layer_ids, device=device)
+        self._init_from(model, byte_tokenizer(), name=name, aux_layer_ids=aux_layer_ids, device=device)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -18,6 +18,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.singleton import Singleton
 
+import lkspec.app.application  # noqa: F401  # registers a resolver, which must outlive what a run leaves behind
 from lkspec import cli
 from lkspec.runs.folder import RunFolder
 

@@ -69,7 +69,7 @@ def test_an_export_is_measured_like_its_run(
     assert outcome.code == 0, outcome.err
     assert "acceptance length without training (step 0)" in outcome.out
     folder = only_run()
-    assert folder.name.startswith(f"{name}-pretrained-tiny_llama-s0-")
+    assert folder.name.startswith(f"{name}-pretrained-tiny-s0-")
     expected = rows(runs["eagle3" if name == "speculators" else name])
     assert rows(folder) == expected
     assert (folder / "figures" / "tau_over_k.png").is_file()

@@ -195,8 +195,8 @@ def test_how_it_is_served(tiny_target: TinyTarget) -> None:
     ("changes", "message"),
     [
         ({"num_heads": 2}, "does not describe the draft's heads"),
-        ({"hidden_size": 32}, "made for a target with hidden_size 32, tiny_llama has 64"),
-        ({"vocab_size": 300}, "made for a target with vocab_size 300, tiny_llama has 264"),
+        ({"hidden_size": 32}, "made for a target with hidden_size 32, tiny has 64"),
+        ({"vocab_size": 300}, "made for a target with vocab_size 300, tiny has 264"),
     ],
 )
 def test_a_config_that_is_not_the_drafts(

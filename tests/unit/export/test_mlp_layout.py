@@ -189,8 +189,8 @@ def test_a_config_that_is_not_the_drafts(tiny_target: TinyTarget, tmp_path: Path
         ({}, "speculator.head.2.weight", None, "there is no tensor head.2.weight"),
         ({}, None, "speculator.emb.3.weight", "no place for speculator.emb.3.weight (1 in all)"),
         ({"tie_weights": True}, None, None, "config.json says tie_weights, but ln.1.weight is not the same as ln.0"),
-        ({"emb_dim": 32}, None, None, "made for a target with emb_dim 32, tiny_llama has 64"),
-        ({"vocab_size": 300}, None, None, "made for a target with vocab_size 300, tiny_llama has 264"),
+        ({"emb_dim": 32}, None, None, "made for a target with emb_dim 32, tiny has 64"),
+        ({"vocab_size": 300}, None, None, "made for a target with vocab_size 300, tiny has 264"),
         ({"inner_dim": 48}, None, None, "proj.0.weight is [40, 64] there, [48, 64] in this draft"),
     ],
 )

@@ -27,7 +27,7 @@ ROW = ResultRow(
     draft="eagle3",
     loss="lk_lambda",
     loss_args='{"eta": 3.0}',
-    target="tiny_llama",
+    target="tiny",
     data_fingerprint="0123",
     seed=4,
     supervised_tokens=1234,
@@ -149,7 +149,7 @@ def test_no_path_of_the_machine(tiny_target: TinyTarget, tmp_path: Path) -> None
     assert "- started from: `first`" in text
     assert "/home/" not in text
     assert str(tmp_path) not in text
-    assert "# EAGLE-3 draft for tiny_llama\n" in text
+    assert "# EAGLE-3 draft for tiny\n" in text
     assert '"model": "PATH_OR_ID"' in text
     assert "vllm serve TARGET_PATH_OR_ID " in text
 
@@ -208,7 +208,7 @@ def test_a_checkpoint_that_was_not_trained_here(tiny_target: TinyTarget) -> None
 def test_each_architecture(case: str, name: str, limit: int | None, tiny_target: TinyTarget) -> None:
     draft = make_draft(CASES[case], tiny_target.spec)
     text = model_card(FACTS, draft, tiny_target, Export(Path(HOME), PlainEagle3(), (), ()))
-    assert f"# {name} draft for tiny_llama\n" in text
+    assert f"# {name} draft for tiny\n" in text
     limits = section(text, "Limits")
     assert ("drafted tokens a round" in limits) == (limit is not None)
     assert "tokens outside the draft vocabulary" not in limits  # it has the whole one

@@ -239,8 +239,8 @@ def test_a_small_vocabulary_without_d2t(tiny_target: TinyTarget, tmp_path: Path)
         ({"norm_before_fc": True}, "config.json says norm_before_fc=True"),
         ({"logit_scale": 0.5}, "config.json says logit_scale=0.5"),
         ({"sliding_window": 512}, "its layer has a sliding window, which lkspec's EAGLE-3 has not"),
-        ({"hidden_size": 32}, "made for a target with hidden_size 32, tiny_llama has 64"),
-        ({"vocab_size": 300}, "made for a target with vocab_size 300, tiny_llama has 264"),
+        ({"hidden_size": 32}, "made for a target with hidden_size 32, tiny has 64"),
+        ({"vocab_size": 300}, "made for a target with vocab_size 300, tiny has 264"),
     ],
 )
 def test_a_draft_of_another_kind_or_target(
@@ -265,7 +265,7 @@ def test_a_config_without_dimensions(tiny_target: TinyTarget, tmp_path: Path) ->
 )
 def test_named_auxiliary_layers(config: dict[str, Any], layers: str, tiny_target: TinyTarget, tmp_path: Path) -> None:
     message = refused(tmp_path, tiny_target, **config)
-    assert "but tiny_llama gives those of [2, 4, 5]; set target.aux_layer_ids=" + layers in message
+    assert "but tiny gives those of [2, 4, 5]; set target.aux_layer_ids=" + layers in message
     fitting = TinyTarget(device="cpu", aux_layer_ids=tuple(json.loads(layers)))
     assert isinstance(reopened(tmp_path, fitting), Eagle3)
 

@@ -142,7 +142,7 @@ def test_what_is_written(tiny_target: TinyTarget, tmp_path: Path) -> None:
                     "accept_tolerance": 0.0,
                 }
             ],
-            "verifier": {"name_or_path": "tiny_llama", "architectures": ["LlamaForCausalLM"]},
+            "verifier": {"name_or_path": "tiny", "architectures": ["LlamaForCausalLM"]},
         },
         "torch_dtype": "float32",
     }
