@@ -19,7 +19,7 @@ from lkspec.theory import GaussianFit, gaussian_density, mixture_density
 def fits_figure(fits: Mapping[str, GaussianFit]) -> Figure:
     """The mixture and the Gaussians fitted to it, with their overlaps (Figure 2 of the paper)."""
     points = torch.linspace(-12.0, 12.0, 1201, dtype=torch.float64)
-    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_INCHES, 3.6), dpi=DPI, layout="constrained")
         axes = figure.add_subplot()
         axes.fill_between(points, mixture_density(points), color="#D9D9D9", linewidth=0, label="target p")
@@ -40,7 +40,7 @@ def landscapes_figure(
     fits: Mapping[str, GaussianFit],
 ) -> Figure:
     """Each objective over the Gaussian's mean and standard deviation, with every fit marked in every panel."""
-    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_INCHES, 3.6), dpi=DPI, layout="constrained")
         panels = figure.subplots(1, len(landscapes), sharey=True, squeeze=False)[0]
         for axes, (name, values) in zip(panels, landscapes.items(), strict=True):
@@ -57,7 +57,7 @@ def landscapes_figure(
 
 def gradient_norms_figure(norms: Mapping[str, Float[Tensor, " sizes"]], sizes: Sequence[int]) -> Figure:
     """|gradient| of a flat draft over the size of the vocabulary, both logarithmic."""
-    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_INCHES, 3.6), dpi=DPI, layout="constrained")
         axes = figure.add_subplot()
         for index, (name, values) in enumerate(norms.items()):
@@ -69,7 +69,7 @@ def gradient_norms_figure(norms: Mapping[str, Float[Tensor, " sizes"]], sizes: S
 
 def shared_drafts_figure(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> Figure:
     """What drafts that share q between contexts gain in alpha, over the alpha of KL's; a panel a kind of target."""
-    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_INCHES, 3.6), dpi=DPI, layout="constrained")
         for axes, (title, lines) in zip(
             figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True

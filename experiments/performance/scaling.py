@@ -83,7 +83,7 @@ def slopes(rows: Sequence[Mapping[str, object]]) -> list[Row]:
 
 def scaling_figure(rows: Sequence[Mapping[str, object]]) -> Figure:
     """Memory above, time below; a column an axis."""
-    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_INCHES, 5.4), dpi=DPI, layout="constrained")
         panels = figure.subplots(2, len(POINTS), sharey="row", squeeze=False)
         for column, axis in enumerate(POINTS):

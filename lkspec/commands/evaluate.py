@@ -11,8 +11,9 @@ from lkspec.app.build import build_benchmarks, run_facts
 from lkspec.app.engine import serving_engine
 from lkspec.app.load import TrainedRun, open_run
 from lkspec.commands.walk import walk_run
-from lkspec.measure.suite import Suite, SuiteOptions, draw_run, listed
+from lkspec.measure.suite import Suite, SuiteOptions, listed
 from lkspec.measure.throughput import ThroughputOptions, comparable, measure_throughput, print_throughput
+from lkspec.reporting.run_figures import draw_run
 from lkspec.reporting.terminal import console
 
 

@@ -20,8 +20,9 @@ from lkspec.app.load import draft_to_train
 from lkspec.app.start import started
 from lkspec.app.sweeps import Sweep, refuse_parallel_jobs
 from lkspec.data.datamodule import SpeculatorDataModule
-from lkspec.measure.suite import Suite, SuiteOptions, draw_run
+from lkspec.measure.suite import Suite, SuiteOptions
 from lkspec.reporting import terminal
+from lkspec.reporting.run_figures import draw_run
 from lkspec.runs.folder import RunFolder
 from lkspec.targets.base import Target
 from lkspec.training.module import SpeculatorModule

@@ -16,7 +16,6 @@ from lkspec.drafts.base import Draft
 from lkspec.measure.benchmark import Engine, Measurement, Setting, gathered, measure
 from lkspec.measure.engine_checks import doubts
 from lkspec.measure.metrics import acceptance_metrics
-from lkspec.reporting.run_figures import plot_acceptance_per_position, plot_alpha_over_time, plot_tau_over_k
 from lkspec.reporting.terminal import console, progress, table
 from lkspec.runs.folder import ResultRow, RoundRow, RunFolder
 from lkspec.targets.base import Target
@@ -257,33 +256,3 @@ def _rank_and_world() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
-
-
-def _with_walks(rows: dict[tuple[str, float, int], ResultRow]) -> list[ResultRow]:
-    """The rows and, for every smaller K that was not measured, a row that holds only the walk along the same text."""
-    walks = {}
-    for (benchmark, temperature, _), row in sorted(rows.items()):
-        for depth, tau in enumerate(json.loads(row.walk_over_k), start=1):
-            nan = math.nan
-            walks[benchmark, temperature, depth] = replace(
-                row, num_draft_tokens=depth, tau=nan, low=nan, high=nan, walk_tau=tau
-            )
-    return list((walks | rows).values())
-
-
-def draw_run(folder: RunFolder) -> None:
-    """Draws the run's figures from its own files: tau over K, acceptance per position, alpha over time."""
-    rows = [row for row in folder.read_results() if row.engine == "lkspec" and row.sharpness == 1]
-    before, newest = (
-        {(row.benchmark, row.temperature, row.num_draft_tokens): row for row in rows if (row.steps > 0) == trained}
-        for trained in (False, True)
-    )
-    if not newest:  # a checkpoint that was not trained here
-        before, newest = {}, before
-    if newest:
-        plot_tau_over_k(_with_walks(newest), folder.figures_dir / "tau_over_k.png", before=list(before.values()))
-        plot_acceptance_per_position(list(newest.values()), folder.figures_dir / "acceptance_per_position.png")
-    history = folder.read_depth_history("train/alpha")
-    if history:
-        validation = folder.read_depth_history("val/T1/alpha")
-        plot_alpha_over_time(history, folder.figures_dir / "alpha_over_time.png", validation=validation)

@@ -5,8 +5,13 @@ Colours are Okabe and Ito's, told apart by readers with any colour vision; marke
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lkspec.files import atomic_path
@@ -16,7 +21,7 @@ WIDTH_INCHES, DPI = 8.0, 200  # 1600 px: sharp when shown at 800
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#8C8C8C"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.labelsize": 10,
@@ -45,6 +50,28 @@ def line_colour(index: int) -> str:
 def line_marker(index: int) -> str:
     """Its marker."""
     return MARKERS[index % len(MARKERS)]
+
+
+@contextmanager
+def panels(titles: Sequence[str], *, height: float = 4.2) -> Iterator[tuple[Figure, Sequence[Axes]]]:
+    """An empty figure with a panel a title, side by side with one vertical axis; what is drawn inside has the style."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, layout="constrained")
+        grid = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
+        for axes, title in zip(grid, titles, strict=True):
+            axes.set_title(title)
+        yield figure, grid
+
+
+def draw_line(
+    axes: Axes, x: Sequence[float], y: Sequence[float], low: Sequence[float], high: Sequence[float], **look: Any
+) -> None:
+    """A line with upright bars for the intervals, where they are known.
+
+    No errorbar(): an interval need not hold its estimate, and nan draws nothing.
+    """
+    axes.plot(x, y, **look)
+    axes.vlines(x, low, high, color=look["color"], linewidth=1.2)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from textwrap import fill
 from typing import Any
 
 import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lkspec.reporting.figure_style import DPI, GREY, STYLE, WIDTH_INCHES, line_colour, line_marker
-from lkspec.reporting.intervals import Estimate
+from lkspec.reporting.figure_style import DPI, GREY, STYLE, WIDTH_INCHES, draw_line, line_colour, line_marker, panels
 from lkspec.reporting.model import OURS, Row, Table
 from lkspec.reporting.renderers.text import column_name
 
@@ -48,27 +45,26 @@ def lines_figure(table: Table) -> Figure:
             f"a figure draws lines over the last of columns, which must be numbers (num_draft_tokens, depth); "
             f"{key} has {', '.join(dict.fromkeys(column[-1] for column in table.columns))}"
         ) from None
-    drawn = [row for row in table.rows if any(cell.estimate is not None for cell in row.cells)]
-    table = replace(table, rows=tuple(drawn))
-    panels = list(dict.fromkeys(column[:-1] for column in table.columns))
+    rows = [row for row in table.rows if any(cell.estimate is not None for cell in row.cells)]
+    looks = _looks(rows)
+    groups = list(dict.fromkeys(column[:-1] for column in table.columns))
     ordered = sorted(set(places))
     step = min((after - before for before, after in pairwise(ordered)), default=1.0)
-    style: dict[Any, Any] = {**STYLE}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(WIDTH_INCHES, 4.2), dpi=DPI, layout="constrained")
-        grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axes, panel in zip(grid, panels, strict=True):
-            chosen = [index for index, column in enumerate(table.columns) if column[:-1] == panel]
-            for index, row in enumerate(table.rows):
-                aside = _ASIDE * step * (index - (len(table.rows) - 1) / 2)
-                x, estimates = [places[i] + aside for i in chosen], [row.cells[i].estimate for i in chosen]
-                _draw_line(axes, x, estimates, _look(table, index))
-            axes.set_title(", ".join(column_name(k, t) for k, t in zip(table.column_keys, panel, strict=False)))
+    titles = [", ".join(column_name(k, t) for k, t in zip(table.column_keys, group, strict=False)) for group in groups]
+    with panels(titles) as (figure, grid):
+        for axes, group in zip(grid, groups, strict=True):
+            chosen = [index for index, column in enumerate(table.columns) if column[:-1] == group]
+            for index, row in enumerate(rows):
+                aside = _ASIDE * step * (index - (len(rows) - 1) / 2)
+                known = [(places[i] + aside, e) for i in chosen if (e := row.cells[i].estimate) is not None]
+                x, y = [place for place, _ in known], [e.value for _, e in known]
+                draw_line(axes, x, y, [e.low for _, e in known], [e.high for _, e in known], **looks[index])
             ticks = sorted({places[i] for i in chosen})
-            axes.set_xticks(ticks, _tick_labels(ticks, _PANELS_INCHES / len(panels)))
+            axes.set_xticks(ticks, _tick_labels(ticks, _PANELS_INCHES / len(groups)))
         figure.supxlabel({"num_draft_tokens": "drafted tokens a round, K", "depth": "depth k"}.get(key, key))
         grid[0].set_ylabel(fill(table.title, _LABEL_CHARACTERS))
-        handles = [Line2D([], [], label=_name(row), **_look(table, index)) for index, row in enumerate(table.rows)]
+        names = [", ".join(row.labels) + ("" if row.source == OURS else " (paper)") for row in rows]
+        handles = [Line2D([], [], label=name, **look) for name, look in zip(names, looks, strict=True)]
         figure.legend(handles=handles, loc="outside right upper")
     return figure
 
@@ -86,28 +82,18 @@ def _tick_labels(ticks: Sequence[float], inches: float) -> list[str]:
     return labels
 
 
-def _draw_line(axes: Axes, x: Sequence[float], estimates: Sequence[Estimate | None], look: dict[str, Any]) -> None:
-    known = [(place, estimate) for place, estimate in zip(x, estimates, strict=True) if estimate is not None]
-    axes.plot([place for place, _ in known], [estimate.value for _, estimate in known], **look)
-    bars = [(place, e.low, e.high) for place, e in known if math.isfinite(e.low)]
-    if bars:
-        axes.vlines(*zip(*bars, strict=True), color=look["color"], linewidth=1.2)
-
-
-def _look(table: Table, index: int) -> dict[str, Any]:
+def _looks(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Colours by the first row key and markers by the others; both by the one of them that alone tells rows apart."""
-    row = table.rows[index]
-    firsts = list(dict.fromkeys(other.labels[:1] for other in table.rows))
-    rests = list(dict.fromkeys(other.labels[1:] for other in table.rows))
-    colour, marker = firsts.index(row.labels[:1]), rests.index(row.labels[1:])
-    colour = marker if len(firsts) == 1 else colour
-    marker = colour if len(rests) == 1 else marker
-    style = "-" if row.source == OURS else "--"
-    return {"color": line_colour(colour), "marker": line_marker(marker), "linestyle": style}
-
-
-def _name(row: Row) -> str:
-    return ", ".join(row.labels) + ("" if row.source == OURS else " (paper)")
+    firsts = list(dict.fromkeys(row.labels[:1] for row in rows))
+    rests = list(dict.fromkeys(row.labels[1:] for row in rows))
+    looks = []
+    for row in rows:
+        colour, marker = firsts.index(row.labels[:1]), rests.index(row.labels[1:])
+        colour = marker if len(firsts) == 1 else colour
+        marker = colour if len(rests) == 1 else marker
+        style = "-" if row.source == OURS else "--"
+        looks.append({"color": line_colour(colour), "marker": line_marker(marker), "linestyle": style})
+    return looks
 
 
 def gains_figure(table: Table) -> Figure | None:
@@ -116,8 +102,7 @@ def gains_figure(table: Table) -> Figure | None:
     if not rows:
         return None
     names = [", ".join(column_name(k, t) for k, t in zip(table.column_keys, c, strict=True)) for c in table.columns]
-    style: dict[Any, Any] = {**STYLE, "axes.grid.axis": "x"}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
         height = 0.7 + 0.24 * len(rows) * len(names) + 0.45 * len(rows)
         figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI / 2, layout="constrained")
         grid = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
