@@ -1,14 +1,17 @@
-"""Atomic files, checksums and the cache folder."""
+"""Atomic files, JSON lines, checksums and the cache folder."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def cache_dir() -> Path:
@@ -23,6 +26,28 @@ def sha256_of(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSONL file, gzipped or not, each with the number of its line; empty lines are skipped.
+
+    Raises:
+        ValueError: a line that is not a JSON object.
+    """
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, _json_object(line, f"{path}:{number}")
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {values!r:.60}")
+    return values
 
 
 @contextmanager

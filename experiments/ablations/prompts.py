@@ -24,7 +24,7 @@ from lkspec.benchmarks.base import Benchmark
 from lkspec.benchmarks.gsm8k import GSM8K
 from lkspec.benchmarks.humaneval import HumanEval
 from lkspec.benchmarks.mt_bench import MTBench
-from lkspec.benchmarks.sources import Row, read_jsonl
+from lkspec.benchmarks.sources import Row, read_rows
 from lkspec.files import write_text
 
 NGRAM = 13  # words; the length that GPT-3's and later contamination checks use
@@ -106,7 +106,7 @@ def read_source(source: Source, folder: Path) -> list[Prompt]:
 
 def _rows(path: Path) -> list[Row]:
     if path.suffix != ".json":
-        return read_jsonl(path)
+        return read_rows(path)
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 _PLACEHOLDER = "{prompt}"
 
@@ -30,6 +31,15 @@ class BenchmarkPrompt:
     system_prompt: str | None = None
 
 
+class Asking(TypedDict, total=False):
+    """How prompts are asked, whatever they are: arguments that every ``Benchmark`` takes."""
+
+    num_prompts: int | None
+    template: str
+    system_prompt: str | None
+    max_new_tokens: int
+
+
 class Benchmark:
     """Prompts under a name.
 
@@ -50,10 +60,10 @@ class Benchmark:
         rows: Sequence[BenchmarkPrompt],
         *,
         name: str,
-        num_prompts: int | None,
-        template: str,
-        system_prompt: str | None,
-        max_new_tokens: int,
+        num_prompts: int | None = None,
+        template: str = _PLACEHOLDER,
+        system_prompt: str | None = None,
+        max_new_tokens: int = 512,
     ) -> None:
         if _PLACEHOLDER not in template:
             raise ValueError(f"benchmark {name}: template must contain {_PLACEHOLDER}, got {template!r}")

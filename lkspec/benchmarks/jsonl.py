@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Unpack
 
-from lkspec.benchmarks.base import Benchmark, BenchmarkPrompt
-from lkspec.benchmarks.sources import Row, read_jsonl
+from lkspec.benchmarks.base import Asking, Benchmark, BenchmarkPrompt
+from lkspec.benchmarks.sources import Row, read_rows
 
 _FORMS = ("prompt", "turns", "messages")
 _ROLES = ("system", "user", "assistant")
@@ -23,28 +24,13 @@ class Jsonl(Benchmark):
         ValueError: no such file, or a row in none of these forms (file:line: reason).
     """
 
-    def __init__(
-        self,
-        *,
-        path: str,
-        name: str | None = None,
-        num_prompts: int | None = None,
-        template: str = "{prompt}",
-        system_prompt: str | None = None,
-        max_new_tokens: int = 512,
-    ) -> None:
+    def __init__(self, *, path: str, name: str | None = None, **asking: Unpack[Asking]) -> None:
         file = Path(path).expanduser()
         if not file.is_file():
             raise ValueError(f"benchmark jsonl: path must name a JSONL file of prompts, found none at {file}")
         stem = file.name.removesuffix(".gz").removesuffix(".jsonl")
-        super().__init__(
-            [_prompt(row, f"{stem}-{i}") for i, row in enumerate(read_jsonl(file))],
-            name=name or stem,
-            num_prompts=num_prompts,
-            template=template,
-            system_prompt=system_prompt,
-            max_new_tokens=max_new_tokens,
-        )
+        prompts = [_prompt(row, f"{stem}-{i}") for i, row in enumerate(read_rows(file))]
+        super().__init__(prompts, name=name or stem, **asking)
 
 
 def _prompt(row: Row, default_id: str) -> BenchmarkPrompt:

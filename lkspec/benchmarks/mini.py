@@ -7,9 +7,10 @@ numbers are not comparable with published ones.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Unpack
 
-from lkspec.benchmarks.base import Benchmark, BenchmarkPrompt
-from lkspec.benchmarks.sources import Row, read_jsonl
+from lkspec.benchmarks.base import Asking, Benchmark, BenchmarkPrompt
+from lkspec.benchmarks.sources import Row, read_rows
 
 SUITES = ("chat", "code", "math")
 
@@ -21,26 +22,11 @@ class Mini(Benchmark):
         ValueError: an unknown suite.
     """
 
-    def __init__(
-        self,
-        *,
-        suite: str,
-        name: str | None = None,
-        num_prompts: int | None = None,
-        template: str = "{prompt}",
-        system_prompt: str | None = None,
-        max_new_tokens: int = 256,
-    ) -> None:
+    def __init__(self, *, suite: str, name: str | None = None, **asking: Unpack[Asking]) -> None:
         if suite not in SUITES:
             raise ValueError(f"benchmark mini: expected a suite of {', '.join(SUITES)}, got {suite!r}")
-        super().__init__(
-            [_prompt(row) for row in read_jsonl(Path(__file__).parent / "mini" / f"{suite}.jsonl")],
-            name=name or f"mini_{suite}",
-            num_prompts=num_prompts,
-            template=template,
-            system_prompt=system_prompt,
-            max_new_tokens=max_new_tokens,
-        )
+        rows = read_rows(Path(__file__).parent / "mini" / f"{suite}.jsonl")
+        super().__init__([_prompt(row) for row in rows], name=name or f"mini_{suite}", **asking)
 
 
 def _prompt(row: Row) -> BenchmarkPrompt:

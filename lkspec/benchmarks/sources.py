@@ -1,13 +1,14 @@
-"""Where the rows of a benchmark come from: a local copy of its upstream file, or the hub."""
+"""Where the rows of a benchmark come from: a JSONL file, a local copy of a public one, or the hub."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Unpack
+
+from lkspec.benchmarks.base import Asking, Benchmark, BenchmarkPrompt
+from lkspec.files import read_jsonl
 
 _DATA_VARIABLE = "LKSPEC_DATA"
 
@@ -27,46 +28,54 @@ class Row:
         """
         value = self.values.get(key)
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{self.where}: expected a text in {key!r}, got {_shortened(value)}")
+            raise ValueError(f"{self.where}: expected a text in {key!r}, got {value!r:.60}")
         return value
 
     def texts(self, key: str) -> tuple[str, ...]:
         """A field that must be a non-empty list of such texts."""
         values = self.values.get(key)
         if not isinstance(values, list) or not values:
-            raise ValueError(f"{self.where}: expected a list of texts in {key!r}, got {_shortened(values)}")
+            raise ValueError(f"{self.where}: expected a list of texts in {key!r}, got {values!r:.60}")
         return tuple(Row({key: value}, self.where).text(key) for value in values)
 
 
-@dataclass(frozen=True)
-class Upstream:
-    """The public origin of a benchmark.
+class PublicBenchmark(Benchmark):
+    """A benchmark whose rows come from a local copy of its public file, or from the hub.
 
     Attributes:
-        folder: its folder inside the data folder.
+        folder: its folder inside the data folder, and its name unless told otherwise.
         file_names: what its file may be called there.
         origin: where to get that file.
         hub_path, hub_config, hub_split: the same rows as a data set of the hub.
+
+    Args:
+        source: "files" or "hub".
+        data_dir: the data folder; None is the one that the environment variable LKSPEC_DATA names.
+
+    Raises:
+        ValueError: another source, a file that is not there or not JSONL, a hub that cannot be reached, or a row that
+            is not the benchmark's.
     """
 
-    folder: str
-    file_names: tuple[str, ...]
-    origin: str
-    hub_path: str
-    hub_config: str | None
-    hub_split: str
+    folder: ClassVar[str]
+    file_names: ClassVar[tuple[str, ...]]
+    origin: ClassVar[str]
+    hub_path: ClassVar[str]
+    hub_config: ClassVar[str | None]
+    hub_split: ClassVar[str]
 
-    def rows(self, *, source: str, data_dir: str | None) -> list[Row]:
-        """All rows, from ``source`` "files" or "hub".
+    def __init__(
+        self, *, name: str | None = None, source: str = "files", data_dir: str | None = None, **asking: Unpack[Asking]
+    ) -> None:
+        if source not in ("files", "hub"):
+            raise ValueError(f"benchmark.source: expected files or hub, got {source!r}")
+        rows = self._hub_rows() if source == "hub" else read_rows(self._find(data_dir))
+        super().__init__([self.prompt(row, i) for i, row in enumerate(rows)], name=name or self.folder, **asking)
 
-        Raises:
-            ValueError: another source, a file that is not there or not JSONL, a hub that cannot be reached.
-        """
-        if source == "files":
-            return read_jsonl(self._find(data_dir))
-        if source == "hub":
-            return self._hub_rows()
-        raise ValueError(f"benchmark.source: expected files or hub, got {source!r}")
+    @staticmethod
+    def prompt(row: Row, index: int) -> BenchmarkPrompt:
+        """A row of the file, or of the hub's copy, as a prompt."""
+        raise NotImplementedError
 
     def _find(self, data_dir: str | None) -> Path:
         named = data_dir or os.environ.get(_DATA_VARIABLE)
@@ -96,32 +105,13 @@ class Upstream:
         return [Row(dict(values), f"{self.hub_path}[{i}]") for i, values in enumerate(rows)]
 
 
-def read_jsonl(path: Path) -> list[Row]:
-    """Rows of a JSONL file, gzipped or not; empty lines are skipped.
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a JSONL file, gzipped or not.
 
     Raises:
         ValueError: a line that is not a JSON object, or no row at all.
     """
-    rows = []
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                rows.append(Row(_parsed(line, f"{path}:{number}"), f"{path}:{number}"))
+    rows = [Row(values, f"{path}:{number}") for number, values in read_jsonl(path)]
     if not rows:
         raise ValueError(f"{path}: the file has no rows")
     return rows
-
-
-def _parsed(line: str, where: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {_shortened(values)}")
-    return values
-
-
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

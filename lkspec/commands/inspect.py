@@ -17,8 +17,9 @@ from lkspec.targets.base import Target
 
 @entry_point("inspect")
 def main(config: DictConfig) -> None:
-    """Shows a few training conversations and counts what is supervised."""
+    """Shows a few conversations of ``data.train``, held-out ones too, and counts what is supervised."""
     target: Target = instantiate(config.target)
+    config.data.val_fraction = 0.0  # a few conversations need not leave any to hold out
     data = open_data(config, target)
     conversations = [data.train_set[index] for index in range(data.num_conversations)]
     if config.ids:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lkspec.data.chat import encode_conversation
 from lkspec.data.conversations import parse_row
-from lkspec.files import write_text
+from lkspec.files import read_jsonl, write_text
 
 _SENTINEL = "\u2063prompt\u2063"  # stands for the user's text when the bare chat header is cut out of a rendering
 
@@ -41,10 +41,8 @@ def read_prompts(paths: str | list[str], *, field_name: str = "prompt", limit: i
         file = Path(name).expanduser()
         if not file.is_file():
             raise ValueError(f"prompts: expected a JSONL file, found nothing at {file}")
-        # Not splitlines: text may hold U+2028 and other line breaks that JSON does not escape.
-        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
-            if line.strip():
-                prompts.append(_parse_prompt(line, f"{file}:{number}", f"{file.stem}-{number:05d}", field_name))
+        for number, row in read_jsonl(file):
+            prompts.append(_parse_prompt(row, f"{file}:{number}", f"{file.stem}-{number:05d}", field_name))
     repeated = [name for name, count in Counter(prompt.id for prompt in prompts).items() if count > 1]
     if repeated:
         raise ValueError(f"prompts: ids must be unique, but {repeated[0]!r} stands more than once")
@@ -53,13 +51,7 @@ def read_prompts(paths: str | list[str], *, field_name: str = "prompt", limit: i
     return prompts[:limit]
 
 
-def _parse_prompt(line: str, where: str, default_id: str, field_name: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+def _parse_prompt(row: dict[str, Any], where: str, default_id: str, field_name: str) -> Prompt:
     name = default_id if row.get("id") is None else str(row["id"])
     if "messages" in row:
         return Prompt(name, _parse_messages(row["messages"], where))

@@ -226,7 +226,13 @@ class TestInspect:
         outcome = lkspec_cli(*self.INSPECT, "num_examples=3")
         assert outcome.code == 0, outcome.err
         assert outcome.out.count("<|im_start|>user") >= 3
-        assert "55 conversations" in outcome.out
+        assert "64 conversations" in outcome.out
+
+    def test_no_conversation_need_be_held_out(self, lkspec_cli):
+        outcome = lkspec_cli(*self.INSPECT, "data.train=tiny:9", "data.val_fraction=0.02", "num_examples=9")
+        assert outcome.code == 0, outcome.err
+        assert outcome.out.count("tokens supervised") == 9
+        assert "9 conversations" in outcome.out
 
     def test_conversations_by_name(self, lkspec_cli):
         outcome = lkspec_cli(*self.INSPECT, "ids=[tiny-00005]")

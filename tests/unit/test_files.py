@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import gzip
 import hashlib
 import multiprocessing
 from pathlib import Path
 
 import pytest
 
-from lkspec.files import atomic_dir, atomic_path, cache_dir, sha256_of, write_text
+from lkspec.files import atomic_dir, atomic_path, cache_dir, read_jsonl, sha256_of, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -153,3 +154,12 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert cache_dir() == tmp_path / "xdg" / "lkspec"
     monkeypatch.setenv("LKSPEC_CACHE", "~/mine")
     assert cache_dir() == tmp_path / "mine"
+
+
+def test_json_lines_are_numbered_as_an_editor_shows_them(tmp_path):
+    lines = '{"a": "one\u2028line"}\n\n{"b": 2}\r\n'
+    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8", newline="")
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt", encoding="utf-8", newline="") as file:
+        file.write(lines)
+    for name in ("rows.jsonl", "rows.jsonl.gz"):
+        assert list(read_jsonl(tmp_path / name)) == [(1, {"a": "one\u2028line"}), (3, {"b": 2})]

@@ -10,6 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
+from lkspec.benchmarks.base import Asking
+
 CONF = Path(__file__).parents[3] / "conf"
 NAMES = sorted(path.stem for path in (CONF / "benchmark").glob("*.yaml"))
 
@@ -28,7 +30,7 @@ def test_every_argument_is_in_the_file(choice):
     found = entries(composed(choice, *(["benchmark.path=traffic.jsonl"] if choice == "jsonl" else [])))
     assert found
     for entry in found.values():
-        arguments = inspect.signature(get_class(entry._target_)).parameters
+        arguments = {*inspect.signature(get_class(entry._target_)).parameters, *Asking.__annotations__} - {"asking"}
         assert set(entry) == {"_target_", *arguments}
 
 

@@ -41,5 +41,6 @@ def test_any_model_needs_a_path():
 )
 def test_tiny_targets_build(choice, kind):
     target = instantiate(composed(choice, "target.device=cpu", "target.aux_layer_ids=[1,3,6]"))
-    assert target.name == f"tiny_{kind}"
+    assert target.name == choice
+    assert target.spec.model_type.startswith(kind)
     assert target.aux_layer_ids == (1, 3, 6)
