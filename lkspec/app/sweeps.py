@@ -13,8 +13,8 @@ import json
 import os
 import sys
 import traceback
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,6 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict
 
 from lkspec.app.gpu_pool import take_device, visible_devices
-from lkspec.reporting.terminal import say, table
 
 _PLUGINS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"}
 
@@ -78,12 +77,6 @@ class Sweep:
             line = {"job": HydraConfig.get().job.num, "overrides": typed_overrides(), **facts}
             with self.journal.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-
-    def list_job(self, line: dict[str, Any]) -> None:
-        """Takes a line of ``list_jobs=true``; a run by itself prints it at once."""
-        if self.journal is None:
-            print_jobs([line])
-        self.note(listed=line)
 
     def run_job(self, job: Callable[[], Any], explain: Callable[[Exception], str | None]) -> Any:
         """Runs a job on a device of its own; its error is noted, not raised.
@@ -171,19 +164,17 @@ def finish(*, interrupted: bool) -> int:
     jobs = read_journal(sweep.journal)
     if not sweep.keep:
         sweep.journal.unlink()
-        if not any(sweep.journal.parent.iterdir()):
+        with suppress(OSError):  # not empty
             sweep.journal.parent.rmdir()
-    if not jobs:  # what was typed is not even a sweep
-        return 0
-    if listed := [job for job in jobs if "listed" in job]:
-        print_jobs([job["listed"] for job in listed])
-        done = [job for job in listed if job["listed"]["state"] == "done"]
-        _print_table([job["listed"]["folder"] for job in done], [job["overrides"] for job in done])
-        return 1 if any(job.get("state") == "failed" for job in jobs) else 0
-    if not sweep.keep:  # whoever keeps the journal compares the runs in a way of its own
-        _print_summary(jobs, interrupted=interrupted)
-        ended = [job for job in jobs if job.get("ended") and "folder" in job]
-        _print_table([job["folder"] for job in ended], [job["overrides"] for job in ended])
+    if jobs and not sweep.keep:  # whoever keeps the journal compares the runs in a way of its own
+        from lkspec.reporting import jobs as printed  # pandas and all: nothing that a job should wait for
+
+        if listed := [job | job["listed"] for job in jobs if "listed" in job]:
+            printed.print_list(listed)
+            printed.print_measured([job for job in listed if job["state"] == "done"])
+        else:
+            printed.print_summary(jobs, interrupted=interrupted)
+            printed.print_measured([job for job in jobs if job.get("ended") and "folder" in job])
     return 0 if all(job.get("ended") for job in jobs) else 1
 
 
@@ -194,61 +185,3 @@ def read_journal(journal: Path) -> list[dict[str, Any]]:
         entry = json.loads(line)
         jobs.setdefault(entry["job"], {}).update(entry)
     return [jobs[number] for number in sorted(jobs)]
-
-
-def _print_summary(jobs: Sequence[dict[str, Any]], *, interrupted: bool) -> None:
-    failed = [job for job in jobs if job["state"] == "failed"]
-    unfinished = [job for job in jobs if job["state"] != "failed" and not job.get("ended")]
-    kept = [job for job in jobs if job.get("ended") and job["state"] in ("done", "running")]
-    trained = len(jobs) - len(failed) - len(unfinished) - len(kept)
-    counts = {"trained": trained, "kept": len(kept), "failed": len(failed), "not finished": len(unfinished)}
-    say(f"{len(jobs)} jobs: {', '.join(f'{number} {name}' for name, number in counts.items() if number)}")
-    if interrupted or unfinished:
-        where = f" in {', '.join(_where(job) for job in unfinished)}" if unfinished else ""
-        say(f"stopped{where}: the same command continues there (on_existing=continue)")
-    if failed:
-        say(f"{len(failed)} of {len(jobs)} failed:")
-        for job in failed:
-            say(f"  {_where(job)}: {job['error']}")
-
-
-def _where(job: dict[str, Any]) -> str:
-    """Its folder, or the overrides of a job that was refused before it had one."""
-    folder = job.get("folder")
-    return folder if folder is not None and Path(folder).is_dir() else " ".join(job["overrides"])
-
-
-def _print_table(folders: Sequence[str], overrides: Sequence[Sequence[str]]) -> None:
-    """What the finished jobs measured, and the command that shows it in other ways."""
-    from lkspec.reporting.of_sweep import sweep_table  # pandas and all: nothing that a job should wait for
-    from lkspec.reporting.renderers import rich_table
-
-    try:
-        found = sweep_table([Path(folder) for folder in folders], overrides)
-    except ValueError as error:
-        say(f"no table of these jobs: {error}")
-        return
-    if found is not None:
-        rich_table.show(found.table)
-        say("the same in other ways (format=png out=picture.png, say):")
-        say(found.command)
-
-
-def print_jobs(lines: Sequence[dict[str, Any]]) -> None:
-    """The table of ``list_jobs=true``: jobs by state, with estimated hours, and their sums."""
-    rows = []
-    for line in lines:
-        hours = "" if _is_settled(line) else "unknown" if line["seconds"] is None else f"{line['seconds'] / 3600:.2f}"
-        rows.append((Path(line["folder"]).name, line["state"], ", ".join(line["changes"]), hours))
-    table("nothing was run", ("job", "state", "changed since", "hours"), rows, left=("job", "state", "changed since"))
-    counts = Counter(str(line["state"]) for line in lines)
-    known = [line["seconds"] for line in lines if line["seconds"] is not None]
-    left = [line for line in lines if not _is_settled(line)]
-    total = f"{sum(known) / 3600:.2f} hours one after another" if known else "hours unknown" if left else "none left"
-    if known and len(known) < len(left):
-        total += f", without {len(left) - len(known)} of unknown length"
-    say(f"{', '.join(f'{number} {state}' for state, number in counts.items())}; {total}")
-
-
-def _is_settled(line: dict[str, Any]) -> bool:
-    return line["state"] in ("done", "running")

@@ -22,6 +22,7 @@ from lkspec.app.sweeps import Sweep, refuse_parallel_jobs
 from lkspec.data.datamodule import SpeculatorDataModule
 from lkspec.measure.suite import Suite, SuiteOptions
 from lkspec.reporting import terminal
+from lkspec.reporting.jobs import print_list
 from lkspec.reporting.run_figures import draw_run
 from lkspec.runs.folder import RunFolder
 from lkspec.targets.base import Target
@@ -38,7 +39,9 @@ def main(config: DictConfig) -> dict[str, float] | None:
         refuse_parallel_jobs(config.trainer.devices)
     job = Job.of(config)
     if config.list_jobs:
-        sweep.list_job(job.listed(sweep))
+        sweep.note(listed=(line := job.listed(sweep)))
+        if sweep.journal is None:
+            print_list([line])
         return None
     with started(job, sweep) as ready:
         return None if ready is None else train(ready, sweep)
