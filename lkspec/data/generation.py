@@ -94,18 +94,22 @@ def bare_user_header(tokenizer: PreTrainedTokenizerBase, system: str | None) -> 
 
 @dataclass
 class AnswerFilter:
-    """Drops answers that training could not read back: empty ones, special tokens or merged tokens in the text."""
+    """Drops answers that training could not read back: empty ones, and, where the target's tokenizer is known, special
+    tokens or merged tokens in the text."""
 
-    tokenizer: PreTrainedTokenizerBase
-    eos_ids: tuple[int, ...]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    eos_ids: tuple[int, ...] = ()
     dropped: Counter[str] = field(default_factory=Counter)
 
     def __call__(self, row: dict[str, Any]) -> bool:
+        reason = "empty"
         try:
             conversation = parse_row(row, default_id=row["id"])
-            encode_conversation(self.tokenizer, conversation, max_length=1 << 20, eos_ids=self.eos_ids)
+            reason = "that cannot be told from the chat template once written as text"
+            if self.tokenizer is not None:
+                encode_conversation(self.tokenizer, conversation, max_length=1 << 20, eos_ids=self.eos_ids)
         except ValueError:
-            self.dropped["that cannot be told from the chat template once written as text"] += 1
+            self.dropped[reason] += 1
             return False
         return True
 
@@ -161,7 +165,7 @@ class ResumableJsonl:
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
         self._settings_path = path.with_name(path.name + ".settings.json")
-        self._settings = settings
+        self.settings = settings
         if path.exists():
             raise ValueError(f"out: {path} exists already; name another file or remove it")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +179,7 @@ class ResumableJsonl:
 
     def _check_settings(self) -> None:
         before = json.loads(self._settings_path.read_text()) if self._settings_path.exists() else {}
-        changed = sorted(k for k in before.keys() | self._settings.keys() if before.get(k) != self._settings.get(k))
+        changed = sorted(k for k in before.keys() | self.settings.keys() if before.get(k) != self.settings.get(k))
         if changed:
             raise ValueError(
                 f"{self.partial} was made with another {', '.join(changed)}; repeat those settings to resume, "

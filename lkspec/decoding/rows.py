@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lkspec.types import Round
 
@@ -38,6 +39,10 @@ class Completion:
     writers: tuple[int, ...]
     finish_reason: str
     rounds: tuple[Round, ...]
+
+    def text(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """What was generated, without the end-of-text token."""
+        return str(tokenizer.decode(self.tokens[:-1] if self.finish_reason == "stop" else self.tokens))
 
 
 @dataclass

@@ -175,7 +175,7 @@ def measure(
         requests = [_request(target, benchmark, prompt, turn, texts[prompt.id]) for prompt in by_id.values()]
         for completion in clock.timed(decoder, baseline, requests):
             prompt = by_id[completion.request.prompt_id]
-            texts[prompt.id].append(_text(target, completion))
+            texts[prompt.id].append(completion.text(target.tokenizer))
             done.append((prompt, completion))
             if progress is not None:
                 progress(len(done), total)
@@ -241,11 +241,6 @@ def _request(
     ]
     messages = [*system, *earlier, {"role": "user", "content": prompt.turns[turn]}]
     return Request(prompt.id, turn, target.prompt_ids(messages), benchmark.max_new_tokens)
-
-
-def _text(target: Target, completion: Completion) -> str:
-    tokens = completion.tokens[:-1] if completion.finish_reason == "stop" else completion.tokens
-    return target.tokenizer.decode(tokens)
 
 
 def _walked(
