@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from theory import fit_gaussian, gradient_norms, landscape
+from theory_contexts import agreement, best_draft, shared_draft, sharpening, zipf_contexts
+from theory_figures import fits_figure, gradient_norms_figure, landscapes_figure, shared_drafts_figure
 
 from lkspec.losses.objectives import KL, TV, LKAlpha, LKLambda, Objective, ReverseKL
 from lkspec.reporting.figure_style import save
-from lkspec.theory import fit_gaussian, gradient_norms, landscape
-from lkspec.theory_contexts import agreement, best_draft, shared_draft, sharpening, zipf_contexts
-from lkspec.theory_figures import fits_figure, gradient_norms_figure, landscapes_figure, shared_drafts_figure
 
 FOLDER = Path(__file__).parent
 SHARPNESS = [1 + step / 20 for step in range(41)]

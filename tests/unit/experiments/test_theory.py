@@ -7,10 +7,10 @@ from functools import cache
 
 import pytest
 import torch
+from theory import MIXTURE, GaussianFit, fit_gaussian, gradient_norms, landscape
+from theory_figures import fits_figure, gradient_norms_figure, landscapes_figure
 
 from lkspec.losses.objectives import KL, TV, LKAlpha, LKLambda, Objective, ReverseKL
-from lkspec.theory import MIXTURE, GaussianFit, fit_gaussian, gradient_norms, landscape
-from lkspec.theory_figures import fits_figure, gradient_norms_figure, landscapes_figure
 
 SIZES = [2**10, 2**12, 2**14]
 

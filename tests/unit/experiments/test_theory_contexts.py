@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from theory_contexts import acceptance, agreement, best_draft, shared_draft, sharpening, zipf_contexts
+from theory_figures import shared_drafts_figure
 from torch import Tensor
 
 from lkspec.losses.objectives import KL, TV, LKAlpha, LKLambda, Objective
-from lkspec.theory_contexts import acceptance, agreement, best_draft, shared_draft, sharpening, zipf_contexts
-from lkspec.theory_figures import shared_drafts_figure
 
 GRID = [1 + step / 20 for step in range(41)]
 

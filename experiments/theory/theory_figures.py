@@ -1,4 +1,4 @@
-"""Pictures of ``lkspec.theory`` and ``lkspec.theory_contexts``."""
+"""Pictures of ``theory`` and ``theory_contexts``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from theory import GaussianFit, gaussian_density, mixture_density
 from torch import Tensor
 
 from lkspec.reporting.figure_style import DPI, STYLE, WIDTH_INCHES, line_colour, line_marker
-from lkspec.theory import GaussianFit, gaussian_density, mixture_density
 
 
 def fits_figure(fits: Mapping[str, GaussianFit]) -> Figure:
