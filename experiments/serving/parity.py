@@ -64,18 +64,19 @@ def compare_format(
     run: TrainedRun, name: str, prompts: Mapping[str, BenchmarkPrompt], options: argparse.Namespace
 ) -> None:
     """One export: its q, and its decoding at every K and temperature."""
-    words = {"method": "medusa"} if name == "medusa" else {"method": "eagle3", "draft_sample_method": "probabilistic"}
+    layout = layout_for(name, run.draft)
+    assert layout.vllm is not None
     requests = [first_turn(run, prompt_id, prompt, options.max_new_tokens) for prompt_id, prompt in prompts.items()]
     assert run.target.source is not None
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "export"
         largest_k = max(options.num_draft_tokens)
         write = WriteOptions(num_draft_tokens=largest_k)
-        export = write_export(run.draft, run.target, out, layout=layout_for(name, run.draft), options=write)
+        export = write_export(run.draft, run.target, out, layout=layout, options=write)
         print("\n".join(export.checks), flush=True)
         q_difference = compare_q(run, out, prompts.values(), largest_k)
         engine = VllmEngine(python=options.python, log=str(options.out.with_suffix(".log")))
-        engine.serve(run.target.source, {**words, "model": str(out)}, run.target.eos_ids)
+        engine.serve(run.target.source, {**layout.vllm, "model": str(out)}, run.target.eos_ids)
         try:
             for num_draft_tokens in options.num_draft_tokens:
                 for temperature in options.temperatures:

@@ -15,14 +15,8 @@ from lkspec.engines.server import Server
 from lkspec.engines.server_engine import ServerEngine
 from lkspec.engines.vllm_engine import VllmEngine
 from lkspec.export.base import WriteOptions
-from lkspec.export.writing import layout_for, write_export
+from lkspec.export.writing import WRITABLE, formats_and_drafts, write_export
 from lkspec.targets.base import Target
-
-# What vLLM calls a draft of each format, with the words that make it sample from q (it drafts by argmax otherwise).
-_SPECULATIVE_CONFIG = {
-    "vllm": {"method": "eagle3", "draft_sample_method": "probabilistic"},
-    "medusa": {"method": "medusa"},
-}
 
 
 @contextmanager
@@ -39,16 +33,21 @@ def serving_engine(config: DictConfig, run: TrainedRun, num_draft_tokens: int) -
         return
     if not isinstance(engine, VllmEngine):
         raise ValueError(f"engine: expected vllm or server, got {config.get('_target_')}")
-    layout = layout_for(None, run.draft)
-    if layout.format not in _SPECULATIVE_CONFIG:
-        raise ValueError(f"engine=vllm: vLLM does not serve this draft ({run.draft.served_by})")
+    served = [layout for layout in WRITABLE if layout.vllm is not None]
+    layout = next((layout for layout in served if isinstance(run.draft, layout.draft_class)), None)
+    if layout is None or layout.vllm is None:
+        raise ValueError(
+            f"engine=vllm: vLLM does not serve this draft ({run.draft.served_by}), of class "
+            f"{type(run.draft).__name__}; it loads the formats (and drafts) {formats_and_drafts(served)}. Leave engine "
+            "out to decode in process"
+        )
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "draft"
         options = WriteOptions(num_draft_tokens=num_draft_tokens)
         write_export(run.draft, run.target, out, layout=layout, options=options)
         engine.serve(
             _source(run.target, Path(folder) / "target"),
-            {**_SPECULATIVE_CONFIG[layout.format], "model": str(out)},
+            {**layout.vllm, "model": str(out)},
             run.target.eos_ids,
             max_positions=run.target.max_positions,
         )

@@ -58,7 +58,7 @@ def _report(export: Export, run: TrainedRun) -> None:
     say("checked:")
     for check in export.checks:
         say(f"  {check}")
-    say(f"loaded by {export.layout.served_by}; for this target: {run.draft.served_by}")
+    say(f"loaded by {export.layout.loaded_by}; for this target: {run.draft.served_by}")
     if not export.commands:
         say("no current engine serves this folder as it is")
     for command in export.commands:

@@ -55,7 +55,9 @@ class Draft(nn.Module):
         num_depths: depths K that it trains.
         max_depths: most tokens it can draft a round; None when its weights are shared over depths.
         paper_eta: eta of ``lk_lambda`` that the paper uses for this architecture.
-        served_by: which engines serve this draft with this target today.
+        title: the architecture's name for readers; None is the class's.
+        paper: who described it, and where.
+        served_by: which engines serve this draft with this target and vocabulary today.
         full_vocabulary: whether its usual draft vocabulary is the target's.
         reads_aux: whether it reads the target's auxiliary states.
         unroll_options: how ``unroll`` runs.
@@ -64,6 +66,8 @@ class Draft(nn.Module):
     unroll_options: UnrollOptions = UnrollOptions()
     full_vocabulary: ClassVar[bool] = False
     reads_aux: ClassVar[bool] = False
+    title: ClassVar[str | None] = None
+    paper: ClassVar[str | None] = None
     served_by: str = "research only: no engine is known to serve this draft"
 
     vocab: DraftVocab

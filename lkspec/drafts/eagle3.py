@@ -51,6 +51,8 @@ class Eagle3(Draft):
     """
 
     reads_aux = True
+    title = "EAGLE-3"
+    paper = "Li et al. 2025, arXiv:2503.01840"
 
     def __init__(
         self,
@@ -69,6 +71,7 @@ class Eagle3(Draft):
         self.num_depths = num_depths
         self.max_depths = None
         self.paper_eta = paper_eta
+        self.norm_before_residual = norm_before_residual
         self.served_by = _served_by(spec.model_type)
         dims = self.dims = spec.dims
         self.register_buffer("embedding", spec.embedding, persistent=False)

@@ -32,6 +32,8 @@ class Medusa(Draft):
         ValueError: num_depths or num_layers < 1, an unknown head_init, or ``target`` where the target's has a bias.
     """
 
+    title = "MEDUSA"
+    paper = "Cai et al. 2024, arXiv:2401.10774"
     served_by = "vLLM 0.5 to 0.32, drafting by argmax (removed in 0.33); not SGLang"
 
     def __init__(
@@ -52,6 +54,7 @@ class Medusa(Draft):
         self.vocab = vocab
         self.num_depths = self.max_depths = num_depths
         self.paper_eta = paper_eta
+        self.num_layers, self.bias = num_layers, bias
         size = spec.dims.hidden_size
         self.blocks = nn.ModuleList(_Blocks(size, num_layers, bias=bias) for _ in range(num_depths))
         self.lm_heads = nn.ModuleList(nn.Linear(size, vocab.size, bias=False) for _ in range(num_depths))

@@ -47,6 +47,8 @@ class MLPSpeculator(Draft):
             target's hidden size.
     """
 
+    title = "MLP speculator"
+    paper = "Wertheimer et al. 2024, arXiv:2404.19124"
     target_embedding: Tensor
 
     def __init__(
@@ -69,7 +71,13 @@ class MLPSpeculator(Draft):
         self.vocab = vocab
         self.num_depths = self.max_depths = num_depths
         self.paper_eta = paper_eta
-        self.tie_weights, self.scale_input = tie_weights, scale_input
+        self.served_by = (
+            "fms-extras and TGI (mlp_speculator); current vLLM and SGLang no longer serve it"
+            if vocab.is_full
+            else "research only: the mlp_speculator format has no draft vocabulary "
+            "(vocab.size=null has fms-extras, TGI)"
+        )
+        self.inner_dim, self.tie_weights, self.scale_input = inner_dim, tie_weights, scale_input
         self.state_weight = 0.5 ** (0.5 / num_depths)
         self.emb_weight = math.sqrt((1 - self.state_weight**2) * inner_dim / 2)
         num_own = 1 if tie_weights else num_depths
@@ -90,12 +98,6 @@ class MLPSpeculator(Draft):
         if not self.emb:
             self.register_buffer("target_embedding", spec.embedding, persistent=False)
             self.embedding_scale = std / float(spec.embedding.float().std())
-
-    @property
-    def served_by(self) -> str:  # type: ignore[override]
-        if self.vocab.is_full:
-            return "fms-extras and TGI (mlp_speculator); current vLLM and SGLang no longer serve it"
-        return "research only: the mlp_speculator format has no draft vocabulary (vocab.size=null has fms-extras, TGI)"
 
     def frozen_tensors(self) -> list[Tensor]:
         return [] if self.emb else [self.target_embedding]

@@ -45,6 +45,8 @@ class MTP(Draft):
     """
 
     full_vocabulary = True
+    title = "MTP"
+    paper = "DeepSeek-AI 2024, arXiv:2412.19437"
     embedding: Tensor
     head_weight: Tensor
     head_bias: Tensor | None

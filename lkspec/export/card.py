@@ -12,20 +12,11 @@ from typing import Any
 import yaml
 
 from lkspec.drafts.base import Draft
-from lkspec.drafts.eagle3 import Eagle3
-from lkspec.drafts.medusa import Medusa
-from lkspec.drafts.mlp import MLPSpeculator
-from lkspec.export.base import ServeCommand
+from lkspec.export.serving import ServeCommand
 from lkspec.export.writing import Export
 from lkspec.runs.rows import ResultRow
 from lkspec.targets.base import Target
 
-_PAPERS = {
-    Eagle3: ("EAGLE-3", "Li et al. 2025, arXiv:2503.01840"),
-    Medusa: ("MEDUSA", "Cai et al. 2024, arXiv:2401.10774"),
-    MLPSpeculator: ("MLP speculator", "Wertheimer et al. 2024, arXiv:2404.19124"),
-}
-_MTP = ("MTP", "DeepSeek-AI 2024, arXiv:2412.19437")
 _PUBLIC_PATH, _PUBLIC_TARGET = "PATH_OR_ID", "TARGET_PATH_OR_ID"
 
 
@@ -58,20 +49,20 @@ class Facts:
 
 def model_card(facts: Facts, draft: Draft, target: Target, export: Export) -> str:
     """Markdown with the hub's header."""
-    name, paper = _PAPERS.get(type(draft), _MTP)
+    name = draft.title or type(draft).__name__
     public_target = facts.target_id or _public_name(target)
     sections = [
         _header(facts, public_target),
         f"# {name} draft for {public_target}",
-        f"A draft model ({name}, {paper}) for lossless speculative decoding with **{public_target}**, written by "
-        f"lkspec from the run `{facts.run}`. It is of no use without its target.",
+        f"A draft model ({', '.join(filter(None, (name, draft.paper)))}) for lossless speculative decoding with "
+        f"**{public_target}**, written by lkspec from the run `{facts.run}`. It is of no use without its target.",
         _results(facts),
         _training(facts, draft, target),
         _serving(facts, draft, target, export),
         _checks(export),
         _limits(facts, draft, target),
         _licences(facts, public_target),
-        _citation(paper),
+        _citation(draft.paper),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -190,7 +181,7 @@ def _named(source: Any) -> str:
 
 def _serving(facts: Facts, draft: Draft, target: Target, export: Export) -> str:
     commands = [_public(command, facts, target, export) for command in export.commands]
-    lines = ["## Serving", "", f"Loaded by {export.layout.served_by}. For this target: {draft.served_by}."]
+    lines = ["## Serving", "", f"Loaded by {export.layout.loaded_by}. For this target: {draft.served_by}."]
     for command in commands:
         lines += [
             "",
@@ -251,12 +242,12 @@ def _licences(facts: Facts, target: str) -> str:
     )
 
 
-def _citation(paper: str) -> str:
+def _citation(paper: str | None) -> str:
     return "\n".join(
         [
             "## Citation",
             "",
-            f"Architecture: {paper}. Objective and protocol:",
+            f"{f'Architecture: {paper}. ' if paper else ''}Objective and protocol:",
             "",
             "```",
             "@inproceedings{samarin2026lk,",

@@ -7,13 +7,13 @@ the target are named.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from lkspec.drafts.base import Draft
+from torch import Tensor
+
 from lkspec.drafts.eagle3 import Eagle3
-from lkspec.export.base import ServeCommand, WriteOptions, dtype_name, whole_config, write_checkpoint
-from lkspec.export.eagle3 import PlainEagle3, layer_words, stored_tensors, vllm_command
+from lkspec.export.base import Layout, WriteOptions
+from lkspec.export.eagle3 import PlainEagle3, layer_words
 from lkspec.export.tensor_folder import TensorFolder
 from lkspec.targets.base import Target
 
@@ -24,36 +24,37 @@ class SpeculatorsEagle3(PlainEagle3):
     """``Eagle3Speculator``."""
 
     format = "speculators"
-    served_by = "vLLM from 0.10; SGLang reads the plain layout (format=vllm) only"
+    loaded_by = "vLLM from 0.10; SGLang reads the plain layout (format=vllm) only"
+    sglang = None
+    aliases: ClassVar = {**Layout.aliases, "midlayer.": "layers.0."}
 
     def recognises(self, folder: TensorFolder) -> bool:
         return folder.config.get("speculators_model_type") == "eagle3"
 
     def layer_config(self, folder: TensorFolder) -> dict[str, Any]:
-        whole_config(folder, folder.config, ("transformer_layer_config",))
-        layer: dict[str, Any] = folder.config["transformer_layer_config"]
+        layer: dict[str, Any] | None = folder.config.get("transformer_layer_config")
+        if layer is None:
+            raise ValueError(f"{folder.path}: config.json has no transformer_layer_config")
         return layer
 
-    def write(self, folder: Path, draft: Draft, target: Target, options: WriteOptions) -> None:
-        assert isinstance(draft, Eagle3)
-        tensors = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in stored_tensors(draft).items()}
-        tensors["embed_tokens.weight"] = draft.embedding
-        layer = layer_words(draft.dims, draft.vocab.target_size)
+    def stored(self, draft: Eagle3, config: Any) -> dict[str, Tensor]:
+        return super().stored(draft, config) | self.shared(draft, config)
+
+    def config(self, draft: Eagle3, target: Target, options: WriteOptions) -> dict[str, Any]:
         method = {
             "proposal_type": "greedy",  # the only one there is; what an engine does is its own option
             "speculative_tokens": options.num_draft_tokens,
             "verifier_accept_k": 1,
             "accept_tolerance": 0.0,
         }
-        config = {
+        return {
             "architectures": ["Eagle3Speculator"],
             "speculators_model_type": "eagle3",
             "speculators_version": VERSION,
             "draft_vocab_size": draft.vocab.size,
-            "norm_before_residual": draft.midlayer.norm_before_residual,
             "target_hidden_size": target.spec.dims.hidden_size,
             "eagle_aux_hidden_state_layer_ids": list(target.aux_layer_ids),
-            "transformer_layer_config": {"model_type": "llama", **layer},
+            "transformer_layer_config": layer_words(draft.dims, draft.vocab.target_size),
             "speculators_config": {
                 "algorithm": "eagle3",
                 "default_proposal_method": "greedy",
@@ -63,13 +64,4 @@ class SpeculatorsEagle3(PlainEagle3):
                     "architectures": target.model_config["architectures"],
                 },
             },
-            "torch_dtype": dtype_name(options.dtype),
         }
-        write_checkpoint(folder, tensors, config, options.dtype)
-
-    def _aux_check(self, target: Target) -> str:
-        ids = ", ".join(map(str, target.aux_layer_ids))
-        return f"auxiliary states: those that enter layers {ids} of {target.num_layers}; the config names them"
-
-    def serve_commands(self, draft: Draft, target_path: str, path: str, options: WriteOptions) -> list[ServeCommand]:
-        return [vllm_command(target_path, path, options.num_draft_tokens)]

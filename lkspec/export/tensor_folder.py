@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,64 +32,65 @@ class TensorFolder:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._pickled: dict[str, dict[str, Tensor]] = {}
+        self._opened: dict[str, tuple[list[str], Callable[[str], Tensor]]] = {}
         self.files = self._index()
 
     def _index(self) -> dict[str, str]:
-        """The file that holds each tensor."""
-        index = self._fetch(INDEX)
+        index = self._find(INDEX)
         if index is not None:
-            with open(index, encoding="utf-8") as file:
-                weights: dict[str, str] = json.load(file)["weight_map"]
+            weights: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
             return weights
         for name in _SINGLE_FILES:
-            single = self._fetch(name)
+            single = self._find(name)
             if single is not None:
-                return dict.fromkeys(self._names_in(single), name)
+                return dict.fromkeys(self._open(single)[0], name)
         raise ValueError(
             f"{self.path}: expected a folder or a hub id with model.safetensors or {INDEX} (or, as some drafts were "
             f"released, {', '.join(_SINGLE_FILES[1:])})"
         )
 
-    def _names_in(self, file: str) -> list[str]:
-        if not file.endswith(".safetensors"):
-            return list(self._unpickled(file))
-        with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
+    def _open(self, file: str) -> tuple[list[str], Callable[[str], Tensor]]:
+        """The names in a file and what reads one; of a file that torch.save wrote nothing but tensors is unpickled."""
+        if file not in self._opened:
+            if file.endswith(".safetensors"):
+                opened = safe_open(file, framework="pt")
+                self._opened[file] = list(opened.keys()), opened.get_tensor
+            else:
+                tensors = torch.load(file, map_location="cpu", weights_only=True)
+                self._opened[file] = list(tensors), tensors.__getitem__
+        return self._opened[file]
 
-    def _unpickled(self, file: str) -> dict[str, Tensor]:
-        """All tensors of a file that torch.save wrote, kept; nothing but tensors is unpickled."""
-        if file not in self._pickled:
-            self._pickled[file] = torch.load(file, map_location="cpu", weights_only=True)
-        return self._pickled[file]
-
-    def _fetch(self, name: str) -> str | None:
+    def _find(self, name: str) -> str | None:
         try:
             return cached_file(self.path, name, _raise_exceptions_for_missing_entries=False)
         except OSError as error:
             raise ValueError(f"{self.path}: no such folder or hub id ({' '.join(str(error).split())})") from error
 
+    def fetched(self, name: str, *, holds: str | None = None) -> str:
+        """Where one of its files lies on this machine.
+
+        Raises:
+            ValueError: it is not there.
+        """
+        file = self._find(name)
+        if file is None:
+            why = "" if holds is None else f", which holds {holds},"
+            raise ValueError(f"{self.path}: {name}{why} is not there")
+        return file
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """``config.json``."""
-        with open(self.local / "config.json", encoding="utf-8") as opened:
-            config: dict[str, Any] = json.load(opened)
+        config: dict[str, Any] = json.loads((self.local / "config.json").read_text(encoding="utf-8"))
         return config
 
     @property
     def local(self) -> Path:
         """Where its files lie on this machine; for a hub id, those fetched so far."""
-        file = self._fetch("config.json")
-        if file is None:
-            raise ValueError(f"{self.path}: there is no config.json")
-        return Path(file).parent
+        return Path(self.fetched("config.json")).parent
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
-
-    def names(self, prefix: str) -> list[str]:
-        """Names of the tensors that begin so."""
-        return sorted(name for name in self.files if name.startswith(prefix))
 
     def get(self, name: str) -> Tensor:
         """One tensor; block-quantised fp8 weights come dequantised, in float32.
@@ -107,27 +109,10 @@ class TensorFolder:
         block = self.config.get("quantization_config", {}).get("weight_block_size", DEFAULT_BLOCK)
         return dequantised(tensor, self._read(scales), tuple(block))
 
-    def fetched(self, name: str) -> str:
-        """Where one of its files lies on this machine.
-
-        Raises:
-            ValueError: it is not there.
-        """
-        file = self._fetch(name)
-        if file is None:
-            raise ValueError(f"{self.path}: {name} is not there")
-        return file
-
     def _read(self, name: str) -> Tensor:
         if name not in self:
             raise ValueError(f"{self.path}: there is no tensor {name}")
-        file = self._fetch(self.files[name])
-        if file is None:
-            raise ValueError(f"{self.path}: {self.files[name]}, which holds {name}, is not there")
-        if not file.endswith(".safetensors"):
-            return self._unpickled(file)[name]
-        with safe_open(file, framework="pt") as tensors:
-            return tensors.get_tensor(name)
+        return self._open(self.fetched(self.files[name], holds=name))[1](name)
 
 
 def dequantised(weight: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Tensor:

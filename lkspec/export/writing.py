@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from lkspec.drafts.base import Draft
-from lkspec.export.base import Layout, ServeCommand, WriteOptions, dtype_name
+from lkspec.export.base import Layout, WriteOptions, dtype_name, write_json
 from lkspec.export.reading import LAYOUTS, Pretrained
+from lkspec.export.serving import ServeCommand
 from lkspec.export.verify import TOLERANCE, RealText, largest_q_difference
 from lkspec.files import atomic_dir
 from lkspec.targets.base import Target
@@ -37,24 +37,32 @@ class Export:
     commands: tuple[ServeCommand, ...]
 
 
+def formats_and_drafts(layouts: Iterable[Layout] = WRITABLE) -> str:
+    """Which drafts each format is for, in words."""
+    return ", ".join(f"{layout.format} ({layout.draft_class.__name__})" for layout in layouts)
+
+
 def layout_for(name: str | None, draft: Draft) -> Layout:
     """The layout of a format's name; without one, the first that holds such a draft.
 
     Raises:
-        ValueError: an unknown format, or one of another class of draft.
+        ValueError: an unknown format, or one of another class of draft, or a draft that no format holds.
     """
-    fitting = [layout for layout in WRITABLE if isinstance(draft, layout.draft_class)]
-    if name is None:
-        return fitting[0]
-    chosen = next((layout for layout in WRITABLE if layout.format == name), None)
-    if chosen is None:
+    if name is not None and name not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {name!r}")
-    if chosen not in fitting:
+    fitting = [layout for layout in WRITABLE if isinstance(draft, layout.draft_class)]
+    if not fitting:
         raise ValueError(
-            f"format={name} holds drafts of class {chosen.draft_class.__name__}, this run's is "
-            f"{type(draft).__name__}: use format={' or '.join(str(layout.format) for layout in fitting)}"
+            f"no format holds drafts of class {type(draft).__name__}; there are {formats_and_drafts()}. Evaluate the "
+            "run in process (lkspec evaluate), or describe its format as a Layout beside those of lkspec/export"
         )
-    return chosen
+    for layout in fitting:
+        if name in (None, layout.format):
+            return layout
+    raise ValueError(
+        f"format={name} is not for drafts of class {type(draft).__name__}; there are {formats_and_drafts()}: use "
+        f"format={' or '.join(str(layout.format) for layout in fitting)}"
+    )
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
@@ -94,40 +102,43 @@ def write_export(
     draft.check_num_draft_tokens(num_draft_tokens)
     text = RealText.answered_by(target, num_draft_tokens=num_draft_tokens)
 
-    def difference(folder: Path) -> float:
-        again = Pretrained.open(str(folder)).build(target)
+    def difference(folder: Path, options: WriteOptions) -> float:
+        """Writes, and compares q with that of what is read back."""
+        layout.write(folder, draft, target, options)
+        try:
+            again = Pretrained.open(str(folder)).build(target)
+        except ValueError as error:
+            raise ValueError(f"format={layout.format} does not hold a {type(draft).__name__}: {error}") from error
         return largest_q_difference(draft, again, text, num_draft_tokens=num_draft_tokens)
 
-    exact = None
-    if options.dtype != torch.float32 or options.target_copy:
-        with tempfile.TemporaryDirectory(dir=_existing_parent(path), prefix=f".{path.name}.") as temporary:
-            layout.write(Path(temporary), draft, target, replace(options, dtype=torch.float32, target_copy=False))
-            exact = difference(Path(temporary))
-            _require_equal(exact)
-    with atomic_dir(path, replace=True) as temporary_path:
-        layout.write(temporary_path, draft, target, options)
-        found = difference(temporary_path)
-        if exact is None:
-            _require_equal(found)
-        folder = Pretrained.open(str(temporary_path))
-        checks = (
-            *layout.checks(folder.folder, draft, target),
-            _q_check(text, found, exact, options),
-        )
-        commands = tuple(layout.serve_commands(draft, options.target_path(target), str(path.absolute()), options))
-        export = Export(path, layout, checks, commands)
+    with atomic_dir(path, replace=True) as folder:
+        exact = None
+        if options.dtype != torch.float32 or options.target_copy:
+            with tempfile.TemporaryDirectory(dir=folder) as unrounded:
+                exact = difference(Path(unrounded), replace(options, dtype=torch.float32, target_copy=False))
+        found = difference(folder, options)
+        _require_equal(found if exact is None else exact, draft, layout)
+        written = Pretrained.open(str(folder)).folder
+        checks = (*layout.checks(written, draft, target), _q_check(text, found, exact, options))
+        commands = layout.serve_commands(draft, options.target_path(target), str(path.absolute()), options)
+        export = Export(path, layout, checks, tuple(commands))
         if card is not None:
-            (temporary_path / "README.md").write_text(card(export), encoding="utf-8")
-        record = {"format": layout.format, "checks": checks, "served_by": layout.served_by}
-        (temporary_path / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            (folder / "README.md").write_text(card(export), encoding="utf-8")
+        write_json(folder / RECORD, {"format": layout.format, "checks": checks, "loaded_by": layout.loaded_by})
     return export
 
 
-def _require_equal(difference: float) -> None:
+def _require_equal(difference: float, draft: Draft, layout: Layout) -> None:
     if not difference <= TOLERANCE:
+        held = layout.draft_class
         raise ValueError(
             f"the export, read back, proposes another q than the run: they differ by {difference:.1e} (allowed "
-            f"{TOLERANCE:.0e}); nothing was written. This is a defect of lkspec, please report it"
+            f"{TOLERANCE:.0e}); nothing was written. "
+            + (
+                "This is a defect of lkspec, please report it"
+                if type(draft) is held
+                else f"format={layout.format} holds what {held.__name__} computes, {type(draft).__name__} differs"
+            )
         )
 
 
@@ -141,8 +152,3 @@ def _q_check(text: RealText, found: float, exact: float | None, options: WriteOp
         f"q, read back in float32: at most {exact:.1e} from the run's {where} (allowed {TOLERANCE:.0e}); the weights "
         f"as saved ({precision}) move q by at most {found:.1e}"
     )
-
-
-def _existing_parent(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.parent

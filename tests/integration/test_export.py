@@ -6,11 +6,12 @@ import csv
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import BRIEF_EVALUATION, NO_EVALUATION, TINY_RUN, Outcome, Run, logged, only_run, weights
+from command_line import BRIEF_EVALUATION, NO_EVALUATION, REPOSITORY, TINY_RUN, Outcome, Run, logged, only_run, weights
 from safetensors.torch import load_file, save_file
 
 from lkspec.targets.tiny import TinyTarget
@@ -284,3 +285,21 @@ def test_what_a_user_may_get_wrong(lkspec_cli: Run, exports: dict[str, Path], ru
     wrong_class = refusal(lkspec_cli, "train", "draft=medusa", f"draft.init_from={folder}", *RUN, *NO_EVALUATION)
     assert "holds a draft of class Eagle3, this one is Medusa" in wrong_class
     assert not Path("x").exists()
+
+
+def test_a_draft_of_ones_own_has_no_format(lkspec_cli: Run) -> None:
+    """Said in one line, with nothing left behind."""
+    shutil.copy(REPOSITORY / "tests/unit/drafts/own_draft.py", "my_draft.py")
+    Path("conf/draft").mkdir(parents=True)
+    Path("conf/draft/mine.yaml").write_text("_target_: my_draft.OneHead\nnum_depths: 2\npaper_eta: 3.0\n")
+    outcome = lkspec_cli("train", "draft=mine", *RUN, *NO_EVALUATION)
+    assert outcome.code == 0, outcome.err
+    before = sorted(Path().rglob("*"))
+    for options in ((), ("format=vllm",)):
+        line = refusal(lkspec_cli, "export", "run=latest", "out=deep/out", *options)
+        assert "no format holds drafts of class OneHead; there are vllm (Eagle3), speculators (Eagle3), " in line
+    brief = (*BRIEF_EVALUATION, "num_draft_tokens=[1]", "temperatures=[0]")
+    served = refusal(lkspec_cli, "evaluate", "run=latest", "engine=vllm", f"engine.python={sys.executable}", *brief)
+    assert "engine=vllm: vLLM does not serve this draft (research only: no engine is known" in served
+    assert "OneHead; it loads the formats (and drafts) vllm (Eagle3), " in served
+    assert sorted(Path().rglob("*")) == before

@@ -180,7 +180,7 @@ def test_formats_of_a_draft(name: str, formats: list[str], tiny_target: TinyTarg
         if chosen in formats:
             assert layout_for(chosen, draft).format == chosen
         else:
-            with pytest.raises(ValueError, match=rf"^format={chosen} holds drafts of class .* use format={formats[0]}"):
+            with pytest.raises(ValueError, match=rf"^format={chosen} is not for drafts of .* use format={formats[0]}"):
                 layout_for(chosen, draft)
     for unknown in ("gguf", "medusa_original"):
         with pytest.raises(ValueError, match=rf"^format: expected one of vllm, .*, got '{unknown}'$"):

@@ -26,7 +26,7 @@ from export_cases import (
 
 from lkspec.drafts.medusa import Medusa
 from lkspec.export.base import WriteOptions
-from lkspec.export.medusa import OriginalMedusa, VllmMedusa
+from lkspec.export.medusa import VllmMedusa
 from lkspec.export.reading import Pretrained
 from lkspec.targets.tiny import TinyTarget
 from lkspec.vocab import DraftVocab
@@ -183,18 +183,18 @@ def test_rows_outside_the_draft_vocabulary_are_never_drafted(tiny_target: TinyTa
 
 def test_how_it_is_served(tiny_target: TinyTarget) -> None:
     (vllm,) = VllmMedusa().serve_commands(own_draft(tiny_target, HALF), "org/target", "out", OPTIONS)
-    assert vllm.engine == "vLLM 0.5 to 0.32"
+    assert vllm.engine == "vLLM"
     assert vllm.command == (
         'vllm serve org/target --speculative-config \'{"method": "medusa", "model": "out", '
         '"num_speculative_tokens": 3}\''
     )
-    assert vllm.options_for_q == "none: vLLM's Medusa drafts by argmax at every temperature"
+    assert vllm.options_for_q == "none: vLLM drafts by argmax at every temperature with method medusa"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_heads": 2}, "does not describe the draft's heads"),
+        ({"num_heads": 2}, "does not describe the draft's num_depths"),
         ({"hidden_size": 32}, "made for a target with hidden_size 32, tiny has 64"),
         ({"vocab_size": 300}, "made for a target with vocab_size 300, tiny has 264"),
     ],
@@ -210,7 +210,7 @@ def test_a_config_that_is_not_the_drafts(
         VllmMedusa().checks(Pretrained.open(str(tmp_path)).folder, draft, tiny_target)
     (tmp_path / "config.json").write_text(json.dumps(config))
     other = own_draft(tiny_target, DraftVocab(HALF.ids - 1, V))
-    with pytest.raises(ValueError, match="token_map does not lead to the draft's vocabulary"):
+    with pytest.raises(ValueError, match="the rows of its heads are not the tokens of the draft's vocabulary"):
         VllmMedusa().checks(Pretrained.open(str(tmp_path)).folder, other, tiny_target)
 
 
@@ -299,10 +299,3 @@ def test_another_target(tiny_target: TinyTarget, tmp_path: Path) -> None:
     folder = write_folder(tmp_path, tensors, ORIGINAL_CONFIG, name="medusa_lm_head")
     with pytest.raises(ValueError, match=r"blocks\.0\.layers\.0\.weight is \[64, 32\] there, \[64, 64\] in this draft"):
         reopened(folder, tiny_target)
-
-
-def test_the_original_layout_is_not_written(tiny_target: TinyTarget, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match="the original Medusa layout is read only; format=medusa writes what vLLM loads"
-    ):
-        OriginalMedusa().write(tmp_path, own_draft(tiny_target, None), tiny_target, OPTIONS)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from draft_cases import CASES, half_vocab, make_draft
+from own_draft import OneHead
 
 from lkspec.export.base import WriteOptions
 from lkspec.export.card import Facts, model_card, newest
@@ -213,6 +214,14 @@ def test_each_architecture(case: str, name: str, limit: int | None, tiny_target:
     assert ("drafted tokens a round" in limits) == (limit is not None)
     assert "tokens outside the draft vocabulary" not in limits  # it has the whole one
     assert "arXiv:" in section(text, "Citation")
+
+
+def test_an_architecture_that_says_nothing_of_itself(tiny_target: TinyTarget) -> None:
+    draft = OneHead(tiny_target.spec, half_vocab(264))
+    text = model_card(FACTS, draft, tiny_target, Export(Path(HOME), PlainEagle3(), (), ()))
+    assert "# OneHead draft for tiny\n" in text
+    assert "A draft model (OneHead) for lossless" in text
+    assert section(text, "Citation").startswith("\nObjective and protocol:\n")
 
 
 def test_serving_and_checks(tiny_target: TinyTarget) -> None:

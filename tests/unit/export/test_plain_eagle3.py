@@ -34,7 +34,7 @@ from transformers import AutoConfig
 
 from lkspec.drafts.eagle3 import Eagle3
 from lkspec.export.base import WriteOptions
-from lkspec.export.eagle3 import PlainEagle3, stored_tensors
+from lkspec.export.eagle3 import PlainEagle3
 from lkspec.export.reading import Pretrained
 from lkspec.targets.dims import decoder_dims
 from lkspec.targets.tiny import TinyTarget
@@ -363,7 +363,7 @@ def test_other_layers_than_the_defaults_are_refused(tmp_path: Path) -> None:
 def test_two_auxiliary_states_are_refused() -> None:
     target = TinyTarget(device="cpu", aux_layer_ids=(2, 4))
     with pytest.raises(ValueError, match="EAGLE-3 in engines reads 3 auxiliary states, this draft 2"):
-        stored_tensors(own_draft(target))
+        PlainEagle3().stored(own_draft(target), {})
 
 
 def checked(folder: Path, target: TinyTarget, draft: Eagle3, **changes: Any) -> list[str]:
@@ -409,7 +409,7 @@ def test_a_config_that_is_not_the_drafts(
 def test_another_vocabulary_than_the_drafts(tiny_target: TinyTarget, tmp_path: Path) -> None:
     folder = exported(tmp_path, tiny_target, own_draft(tiny_target))
     other = own_draft(tiny_target, DraftVocab(HALF.ids - 1, V))
-    with pytest.raises(ValueError, match="d2t does not lead to the draft's vocabulary"):
+    with pytest.raises(ValueError, match="the rows of its heads are not the tokens of the draft's vocabulary"):
         PlainEagle3().checks(Pretrained.open(str(folder)).folder, other, tiny_target)
 
 
