@@ -82,7 +82,7 @@ SHARPER = $(REPORT) value=walk +where.temperature=1 +where.num_draft_tokens=$(K)
 BY_DRAFT = baseline=kl rows=[objective] columns=[draft,sharpness]
 sharpness: $(INSTALLED) ## how sharp to serve the drafts of runs/ablation: tau at T = 1 with q^s (SHARPNESS, RUNS, OUT)
 	for run in $(patsubst %/metrics.json,%,$(wildcard $(RUNS)/metrics.json)); do \
-	$(BIN)/lkspec evaluate run=$$run answers=held_out 'sharpness=[$(SHARPNESS)]' || exit 1; done
+	$(BIN)/lkspec walk run=$$run 'sharpness=[$(SHARPNESS)]' || exit 1; done
 	$(SHARPER) rows=[draft,objective,sharpness] columns=[temperature] 'baseline={sharpness:1}'
 	$(SHARPER) $(BY_DRAFT)
 	$(SHARPER) $(BY_DRAFT) format=csv out=$(OUT)/sharpness.csv
@@ -94,7 +94,7 @@ figures: $(INSTALLED) ## figures of the paper: the exact ones, and tau over K fr
 	$(PICTURE) value=alpha columns=[draft,depth] "title='acceptance rate, T = 1'" out=$(OUT)/alpha.png
 
 notebooks: $(MODEL) ## execute the notebooks and write them as HTML into notebooks/rendered
-	$(BIN)/lkspec evaluate run=$${LKSPEC_RUN:-latest} answers=held_out
+	$(BIN)/lkspec walk run=$${LKSPEC_RUN:-latest}
 	$(BIN)/python -m nbconvert --to html --execute --output-dir notebooks/rendered notebooks/*.ipynb
 
 bench: $(MODEL) ## benchmarks of loss, training step and decoding (experiments/performance)

@@ -8,6 +8,8 @@ import sys
 VERBS = {
     "train": "train a draft and measure its acceptance length",
     "evaluate": "measure a finished run by speculative decoding",
+    "walk": "measure it along text that the target wrote, without decoding",
+    "throughput": "an engine's tokens per second by concurrency and K",
     "duel": "train two objectives alike and say which one gets more accepted",
     "export": "write a draft in the format of vLLM, SGLang, speculators, with a model card",
     "generate": "let the target answer prompts (or write them): training conversations",
@@ -34,7 +36,7 @@ def main() -> None:
 
 def usage() -> str:
     """The help text."""
-    lines = [f"  lkspec {verb:<9} {purpose}" for verb, purpose in VERBS.items()]
+    lines = [f"  lkspec {verb:<10} {purpose}" for verb, purpose in VERBS.items()]
     return "\n".join(
         [
             "lkspec: draft models for speculative decoding, trained on the acceptance rate itself",

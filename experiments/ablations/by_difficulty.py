@@ -2,7 +2,7 @@
 
 Answers are sorted by the acceptance length of kl's run of one seed into parts of equal number. Gains over kl are told
 for the runs of another seed, so that chance in the first is no gain in the second. Reads what validation and
-`lkspec evaluate answers=held_out sharpness=..` have stored.
+`lkspec walk sharpness=..` have stored.
 
     python experiments/ablations/by_difficulty.py --runs 'runs/ablation/mlp-*' --sort-by 1 --tell 2
 """

@@ -164,17 +164,17 @@ def train(options: argparse.Namespace) -> list[Lane]:
 def sharpness(options: argparse.Namespace) -> list[Lane]:
     """The main objectives' runs served with q^s, along the answers sampled at T = 1."""
     answers = f"answers={ANSWERS / 'heldout_t1.jsonl'}"
-    return _on_runs("sharpness", options, answers, f"sharpness=[{SHARPNESS}]")
+    return _on_runs("walk", options, answers, f"sharpness=[{SHARPNESS}]")
 
 
 def decode(options: argparse.Namespace) -> list[Lane]:
     """The three benchmarks, for every run of the main objectives that is there."""
     length = ("+benchmark.max_new_tokens=128", "num_draft_tokens=[4]", "batch_size=128")
-    return _on_runs("decode", options, "benchmark=paper", f"benchmark.num_prompts={options.prompts}", *length)
+    return _on_runs("evaluate", options, "benchmark=paper", f"benchmark.num_prompts={options.prompts}", *length)
 
 
-def _on_runs(name: str, options: argparse.Namespace, *settings: str) -> list[Lane]:
-    """``lkspec evaluate`` of the finished runs of the main objectives, each process having its share of them."""
+def _on_runs(verb: str, options: argparse.Namespace, *settings: str) -> list[Lane]:
+    """``lkspec VERB`` of the finished runs of the main objectives, each process having its share of them."""
     runs = [run for run in list_runs(RUNS) if run.is_finished and run.config["names"]["loss"] in MAIN]
     chosen = [
         run for run in runs if run.config["names"]["draft"] in options.only and run.config["seed"] in options.seeds
@@ -182,8 +182,8 @@ def _on_runs(name: str, options: argparse.Namespace, *settings: str) -> list[Lan
     shares = [chosen[number :: options.processes] for number in range(options.processes)]
     return [
         Lane(
-            f"{name}-{number}",
-            lkspec("evaluate", "-m", f"run={','.join(str(run.path) for run in share)}", *settings),
+            f"{verb}-{number}",
+            lkspec(verb, "-m", f"run={','.join(str(run.path) for run in share)}", *settings),
         )
         for number, share in enumerate(shares)
         if share

@@ -11,6 +11,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from lkspec.app.application import instantiate, resolved
+from lkspec.app.evaluation import Evaluation
 from lkspec.app.sweeps import Sweep
 from lkspec.benchmarks.base import Benchmark
 from lkspec.data.captured import CapturedStates
@@ -19,7 +20,7 @@ from lkspec.drafts.base import Draft, UnrollOptions
 from lkspec.export.reading import Pretrained
 from lkspec.losses.fused.head_summary import head_summary
 from lkspec.measure.benchmark import Measurement
-from lkspec.measure.suite import RunFacts, Suite
+from lkspec.runs.facts import RunFacts
 from lkspec.runs.folder import RunFolder
 from lkspec.targets.base import Target
 from lkspec.targets.dims import with_layer
@@ -128,12 +129,12 @@ def build_benchmarks(config: DictConfig) -> list[Benchmark]:
 
 
 def build_module(
-    config: DictConfig, draft: Draft, target: Target, data: SpeculatorDataModule, suite: Suite, sweep: Sweep
+    config: DictConfig, draft: Draft, target: Target, data: SpeculatorDataModule, evaluation: Evaluation, sweep: Sweep
 ) -> SpeculatorModule:
     """What Lightning trains."""
 
     def evaluate(stage: str, step: int) -> list[Measurement]:
-        return suite.run(module.draft, stage=stage, step=step, supervised_tokens=module.num_supervised_seen)
+        return evaluation.run(module.draft, stage=stage, step=step, supervised_tokens=module.num_supervised_seen)
 
     draft.unroll_options = UnrollOptions(**resolved(config.unroll))
     module = SpeculatorModule(
@@ -156,7 +157,7 @@ def build_module(
     return module
 
 
-def build_trainer(config: DictConfig, folder: RunFolder, suite: Suite, draft: Draft) -> Trainer:
+def build_trainer(config: DictConfig, folder: RunFolder, evaluation: Evaluation, draft: Draft) -> Trainer:
     """The trainer with its callbacks and loggers; ``{run_dir}`` in their settings is the run's folder.
 
     Raises:
@@ -167,7 +168,7 @@ def build_trainer(config: DictConfig, folder: RunFolder, suite: Suite, draft: Dr
         for group in (config.callbacks, config.logger)
     )
     if any(isinstance(callback, AcceptanceLength) for callback in callbacks):
-        suite.check(draft)
+        evaluation.options.check(draft)
     options = {"callbacks": callbacks, "logger": loggers}
     return make_trainer(lambda: instantiate(config.trainer, **options), str(config.trainer.precision))
 

@@ -18,6 +18,7 @@ from lkspec.data.datamodule import SpeculatorDataModule
 from lkspec.drafts.base import Draft
 from lkspec.export.reading import Pretrained, fill, fingerprint
 from lkspec.runs.folder import RunFolder, find_run, run_name
+from lkspec.runs.identity import measured_by
 from lkspec.targets.base import Target
 from lkspec.targets.dims import llama_words, with_layer
 from lkspec.training.module import CHECKPOINT_KEY
@@ -144,6 +145,12 @@ class TrainedRun:
     def is_pretrained(self) -> bool:
         """Whether nothing was trained: the draft is a checkpoint's."""
         return PRETRAINED_KEY in self.config
+
+    def note_measuring_code(self) -> None:
+        """Records that the run's rows were measured by the code of now."""
+        identity = self.folder.read_identity()
+        if identity is not None:
+            self.folder.write_identity({**identity, "measured_by": measured_by(resolved(self.config))})
 
 
 def open_run(config: DictConfig) -> TrainedRun:

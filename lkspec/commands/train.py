@@ -15,12 +15,13 @@ from lkspec.app.build import (
     run_facts,
     target_and_data,
 )
+from lkspec.app.evaluation import Evaluation
 from lkspec.app.job import SECONDS, Job
 from lkspec.app.load import draft_to_train
 from lkspec.app.start import started
 from lkspec.app.sweeps import Sweep, refuse_parallel_jobs
 from lkspec.data.datamodule import SpeculatorDataModule
-from lkspec.measure.suite import Suite, SuiteOptions
+from lkspec.measure.evaluation import EvaluationOptions
 from lkspec.reporting import terminal
 from lkspec.reporting.jobs import print_list
 from lkspec.reporting.run_figures import draw_run
@@ -54,9 +55,10 @@ def train(job: Job, sweep: Sweep) -> dict[str, float]:
     target, data = target_and_data(config, sweep)
     draft = draft_to_train(job, target, data)
     facts = run_facts(config, job.folder, target, {"data_fingerprint": data.fingerprint})
-    suite = Suite(target, build_benchmarks(config.benchmark), SuiteOptions(**resolved(config.evaluation)), facts)
-    module = build_module(config, draft, target, data, suite, sweep)
-    trainer = build_trainer(config, job.folder, suite, draft)
+    options = EvaluationOptions(**resolved(config.evaluation))
+    evaluation = Evaluation(target, build_benchmarks(config.benchmark), options, facts)
+    module = build_module(config, draft, target, data, evaluation, sweep)
+    trainer = build_trainer(config, job.folder, evaluation, draft)
     if is_first_rank():
         if job.checkpoint is None:
             folder = job.folder
@@ -64,7 +66,7 @@ def train(job: Job, sweep: Sweep) -> dict[str, float]:
             folder.write_identity(job.identity(sweep).as_dict())
         _print_facts(job, module, target, data)
     fit(trainer, module, data, resume=job.checkpoint, checkpoints=job.folder.checkpoints_dir)
-    return _finish(job, trainer, suite, module, seconds=None if job.checkpoint else time.monotonic() - start)
+    return _finish(job, trainer, evaluation, module, seconds=None if job.checkpoint else time.monotonic() - start)
 
 
 def _print_facts(job: Job, module: SpeculatorModule, target: Target, data: SpeculatorDataModule) -> None:
@@ -87,13 +89,13 @@ def _print_facts(job: Job, module: SpeculatorModule, target: Target, data: Specu
 
 
 def _finish(
-    job: Job, trainer: Trainer, suite: Suite, module: SpeculatorModule, *, seconds: float | None
+    job: Job, trainer: Trainer, evaluation: Evaluation, module: SpeculatorModule, *, seconds: float | None
 ) -> dict[str, float]:
     """Saves final metrics, the hyper-parameters tab and the figures; returns the acceptance lengths.
 
     ``seconds`` is the wall time of a run that was not interrupted: the hours of later sweeps are estimated from it.
     """
-    final, folder = {row.name: row.tau for row in suite.last_rows}, job.folder
+    final, folder = {row.name: row.tau for row in evaluation.last_rows}, job.folder
     if is_first_rank():
         if module.walk_rows:
             folder.write_walk(module.walk_rows)

@@ -1,22 +1,28 @@
-"""``lkspec evaluate answers=...``: a run's walk along answers that are there; nothing is decoded."""
+"""``lkspec walk``: a run's acceptance length along text that its target wrote; nothing is decoded."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from omegaconf import DictConfig
+
+from lkspec.app.application import entry_point, resolved
 from lkspec.app.build import open_data
-from lkspec.app.load import PRETRAINED_KEY, TrainedRun
+from lkspec.app.load import TrainedRun, open_run
 from lkspec.data.capture_format import MANIFEST
 from lkspec.data.captured import CapturedStates
 from lkspec.data.chat import Encoded
 from lkspec.data.dataset import EncodedStore
 from lkspec.data.tokenised import read_tokenised
-from lkspec.measure.metrics import paired_difference_interval
+from lkspec.measure.evaluation import listed
 from lkspec.measure.tokens import measure_tokens
 from lkspec.measure.walk import walk_answers
-from lkspec.reporting.terminal import console, say, table
+from lkspec.reporting.layout import Layout
+from lkspec.reporting.measured import print_sharpness
+from lkspec.reporting.renderers import rich_table
+from lkspec.reporting.tables import build_table
+from lkspec.reporting.terminal import say
 from lkspec.runs.walk_rows import WalkRow
 from lkspec.types import Batch, TargetStates, check_sharpness
 
@@ -24,32 +30,32 @@ OWN = "held_out"  # in place of a file: the answers that a run was validated on
 _TOKENS_OF = 40  # answers whose tokens are kept one by one
 
 
-def walk_run(
-    run: TrainedRun,
-    answers: Sequence[str],
-    *,
-    num_draft_tokens: int,
-    sharpness: Sequence[float],
-) -> None:
-    """Walks along answers with q^s for each s, adds the rows to the run's and shows tau.
-
-    tokens.parquet then holds the tokens of some of those written at T = 1.
-
-    Args:
-        run: draft and target.
-        answers: files that say at which temperature the target wrote each answer, or ``held_out``.
-        num_draft_tokens: the largest K for a draft that shares its weights over depths; others are walked as deep as
-            they have heads, and none less deep than it was trained.
-        sharpness: the s.
-
-    Raises:
-        ValueError: no s or one that is no exponent; no answers, or ones of unknown temperature.
-    """
+@entry_point("walk", fixed_by_run=True)
+def main(config: DictConfig) -> None:
+    """Adds the walk to the run's and shows tau; tokens.parquet then holds the tokens of some answers at T = 1."""
+    plain = resolved(config)
+    answers, sharpness = listed(plain["answers"]), [float(power) for power in listed(plain["sharpness"])]
     if not sharpness:
         raise ValueError("sharpness: expected a number or several, got none")
     for power in sharpness:
         check_sharpness(power)
+    run = open_run(config)
     run.folder.read_walk_table()  # refuses a file that rows cannot be added to before minutes are spent
+    rows = _walk(run, answers, sharpness, max(listed(plain["num_draft_tokens"])))
+    run.folder.add_walk(rows)
+    if sharpness == [1.0]:
+        layout = Layout(rows=["draft", "objective"], columns=["temperature"], value="walk")
+        rich_table.show(build_table([run.folder], layout))
+    else:
+        print_sharpness(run.folder, {row.key for row in rows}, max(row.depth for row in rows))
+
+
+def _walk(run: TrainedRun, answers: Sequence[str], sharpness: Sequence[float], num_draft_tokens: int) -> list[WalkRow]:
+    """The walk with q^s for each s, along files that say at which temperature the target wrote each answer, or OWN.
+
+    Drafts that share their weights over depths go as deep as ``num_draft_tokens``, others as deep as they have heads,
+    and none less deep than it was trained.
+    """
     depths = run.draft.num_depths
     if run.draft.max_depths is None:
         depths = max(depths, num_draft_tokens)
@@ -61,15 +67,11 @@ def walk_run(
             run.target, run.draft, read, states=states, num_draft_tokens=depths, steps=run.step, sharpness=sharpness
         )
         warm += [read[index] for index, temperature in enumerate(read.temperatures) if temperature == 1]
-    run.folder.add_walk(rows)
     if warm:
         count = min(_TOKENS_OF, len(warm))
         some = [warm[index * len(warm) // count] for index in range(count)]  # evenly spaced
         run.folder.write_tokens(measure_tokens(run.target, run.draft, some))
-    if list(sharpness) == [1.0]:
-        _show_run(run)
-    else:
-        _show_sharpness(run, {row.key for row in rows}, depths)
+    return rows
 
 
 def _read(path: str, run: TrainedRun) -> EncodedStore:
@@ -86,7 +88,7 @@ def _read(path: str, run: TrainedRun) -> EncodedStore:
 
 def _own(run: TrainedRun) -> EncodedStore:
     """The conversations that a run was validated on, those of known temperature: validation walks no others."""
-    if PRETRAINED_KEY in run.config:
+    if run.is_pretrained:
         raise ValueError(f"answers={OWN}: {run.folder.name} was not trained here and has none; name a file")
     data = open_data(run.config, run.target)
     store = EncodedStore()
@@ -109,52 +111,5 @@ def _states(run: TrainedRun) -> Callable[[Batch], TargetStates]:
     return CapturedStates(Path(folder), run.target)
 
 
-def _show_run(run: TrainedRun) -> None:
-    """All of a run's walk."""
-    from lkspec.reporting.layout import Layout  # pandas and all: decoding can do without
-    from lkspec.reporting.renderers import rich_table
-    from lkspec.reporting.tables import build_table
-
-    layout = Layout(rows=["draft", "objective"], columns=["temperature"], value="walk")
-    rich_table.show(build_table([run.folder], layout))
-
-
-def _show_sharpness(run: TrainedRun, keys: Collection[str], num_draft_tokens: int) -> None:
-    """tau of some answers by temperature and every sharpness walked so far, and its gain over q as trained.
-
-    Gains are bold where their interval excludes 0.
-    """
-    counts: dict[tuple[float, float], dict[str, tuple[float, float]]] = {}
-    walked = run.folder.read_walk_table()
-    for row in [] if walked is None else walked.to_pylist():
-        if row["depth"] == num_draft_tokens and row["key"] in keys:
-            place = counts.setdefault((row["temperature"], row["sharpness"]), {})
-            place[row["key"]] = (row["accepted"], row["rounds"])
-    temperatures, powers = ({key[place]: None for key in sorted(counts)} for place in (0, 1))
-    names = ["s", *(f"T = {temperature:g}" for temperature in temperatures)]
-    cells = [
-        [f"{power:g}", *(_cell(counts, temperature, power) for temperature in temperatures)] for power in sorted(powers)
-    ]
-    console.print(f"walk with q^s, renormalised, in place of q, K = {num_draft_tokens}", highlight=False)
-    table(None, names, cells)
-    say(
-        "`lkspec report value=walk rows=[draft,objective,sharpness]` joins runs; "
-        "`lkspec export sharpness=s` writes such a draft"
-    )
-
-
-def _cell(
-    counts: dict[tuple[float, float], dict[str, tuple[float, float]]], temperature: float, sharpness: float
-) -> str:
-    here, plain = counts.get((temperature, sharpness)), counts.get((temperature, 1.0))
-    if here is None:
-        return "as 1" if temperature == 0 else "-"
-    rounds = sum(number for _, number in here.values())
-    tau = f"{1 + sum(accepted for accepted, _ in here.values()) / rounds:.3f}" if rounds > 0 else "-"
-    if plain is None or sharpness == 1:
-        return tau
-    gain, low, high = paired_difference_interval(here, plain, confidence=0.95)
-    if math.isnan(low):
-        return f"{tau} {gain:+.3f}"
-    told = f"{gain:+.3f}" if low <= 0 <= high else f"[bold]{gain:+.3f}[/bold]"
-    return f"{tau} {told} ({low:+.3f} to {high:+.3f})"
+if __name__ == "__main__":
+    main()

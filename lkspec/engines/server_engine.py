@@ -72,7 +72,7 @@ class ServerEngine:
         if own == 0:
             raise ValueError(
                 f"{where} does not draft: there is no acceptance to measure; start it with the exported draft (lkspec "
-                "export prints how), or measure its speed by throughput=default"
+                "export prints how), or measure its speed by `lkspec throughput`"
             )
         if own != num_draft_tokens:
             raise ValueError(

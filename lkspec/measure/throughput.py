@@ -1,10 +1,11 @@
-"""Throughput of a serving engine: tokens per second by concurrency and K, where drafting pays and where it loses."""
+"""Throughput of a serving engine: tokens per second by concurrency and K."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,12 +14,10 @@ from lkspec.decoding.chain import Request
 from lkspec.decoding.sampling import Sampling
 from lkspec.drafts.base import Draft
 from lkspec.engines.speed import Speed
-from lkspec.measure.suite import RunFacts
-from lkspec.reporting.terminal import console, table
+from lkspec.runs.facts import RunFacts
 from lkspec.runs.rows import ThroughputRow
 from lkspec.targets.base import Target
 
-_CPU = "measured on a CPU: no decision about serving should rest on these figures"
 _WARM_UP_TOKENS = 8  # of each request that is not timed
 
 
@@ -109,14 +108,18 @@ def measure_throughput(
     facts: RunFacts,
     *,
     step: int,
+    show: Callable[[str], AbstractContextManager[Any]],
 ) -> list[ThroughputRow]:
-    """Measures every concurrency at every K of the engine; a few tokens of every request come before, untimed."""
+    """Measures every concurrency at every K of the engine; a few tokens of every request come before, untimed.
+
+    ``show`` tells a user, while it lasts, what is measured.
+    """
     requests = _requests(target, benchmarks, options)
     warm_up = [Request(r.prompt_id, r.turn, r.tokens, min(_WARM_UP_TOKENS, r.max_new_tokens)) for r in requests]
     rows = []
     for depths in engine.throughput_depths(options.depths):
         for concurrency in options.concurrencies:
-            with console.status(f"K={depths}, {concurrency} requests at a time"):
+            with show(f"K={depths}, {concurrency} requests at a time"):
                 how: dict[str, Any] = {"num_draft_tokens": depths, "concurrency": concurrency, "seed": options.seed}
                 engine.speed(warm_up[:concurrency], options.sampling, **how)
                 speed = engine.speed(requests, options.sampling, **how)
@@ -172,70 +175,3 @@ def _row(
         p95_ms_per_token=1000 * speed.quantile(95),
         protocol=json.dumps(protocol, sort_keys=True),
     )
-
-
-def comparable(rows: Sequence[ThroughputRow], newest: Sequence[ThroughputRow]) -> list[ThroughputRow]:
-    """Rows that differ from some of the newest in K and concurrency only, so that several servers make one table."""
-    settings = {row.setting for row in newest}
-    fitting = [row for row in rows if row.setting in settings]
-    return sorted(fitting, key=lambda row: (row.concurrency, row.num_draft_tokens))
-
-
-def speedups(rows: Sequence[ThroughputRow]) -> dict[tuple[int, int], float]:
-    """(concurrency, K) -> tokens per second over those without drafting, where both are known."""
-    alone = {row.concurrency: row.tokens_per_second for row in rows if row.num_draft_tokens == 0}
-    return {
-        (row.concurrency, row.num_draft_tokens): row.tokens_per_second / alone[row.concurrency]
-        for row in rows
-        if row.num_draft_tokens > 0 and row.concurrency in alone
-    }
-
-
-def verdicts(rows: Sequence[ThroughputRow]) -> list[str]:
-    """A line a concurrency: the best K, and where drafting loses."""
-    lines = []
-    gains = speedups(rows)
-    for concurrency in sorted({row.concurrency for row in rows}):
-        here = {depths: gain for (number, depths), gain in gains.items() if number == concurrency}
-        if not here:
-            alone = any(row.num_draft_tokens == 0 and row.concurrency == concurrency for row in rows)
-            missing = "with a draft" if alone else "without drafting (K=0)"
-            lines.append(f"concurrency {concurrency}: nothing to compare with, as nothing was measured {missing} yet")
-            continue
-        best = max(here, key=lambda depths: here[depths])
-        losing = ", ".join(f"K={depths} ({gain:.2f}x)" for depths, gain in sorted(here.items()) if gain < 1)
-        if here[best] < 1:
-            lines.append(f"drafting loses at concurrency {concurrency}: {here[best]:.2f}x with K={best} at best")
-        else:
-            lines.append(
-                f"best K at concurrency {concurrency}: {best} ({here[best]:.2f}x)"
-                + (f"; drafting loses with {losing}" if losing else "")
-            )
-    return lines
-
-
-def print_throughput(rows: Sequence[ThroughputRow]) -> None:
-    """A table of rows of one setting, the verdicts, and what a measurement on a CPU is worth."""
-    first = rows[0]
-    title = f"throughput of {first.engine} on {first.hardware}, {first.num_requests} requests, T={first.temperature:g}"
-    names = ("concurrency", "K", "tokens", "output tokens/s", "median ms/token", "p95 ms/token", "speed-up")
-    gains = speedups(rows)
-    cells = []
-    for row in rows:
-        gain = gains.get((row.concurrency, row.num_draft_tokens))
-        cells.append(
-            [
-                str(row.concurrency),
-                str(row.num_draft_tokens) if row.num_draft_tokens else "0 (no draft)",
-                str(row.num_tokens),
-                f"{row.tokens_per_second:.1f}",
-                f"{row.median_ms_per_token:.1f}",
-                f"{row.p95_ms_per_token:.1f}",
-                "-" if gain is None else f"{gain:.2f}x",
-            ]
-        )
-    table(title, names, cells)
-    for line in verdicts(rows):
-        console.print(line, soft_wrap=True)
-    if first.hardware == "CPU":
-        console.print(_CPU, style="yellow", soft_wrap=True)

@@ -57,7 +57,7 @@ class Commands:
         if sharpness == "1":
             return ()
         paths = dict.fromkeys(str(one.run.path) for one in self._series if one.run.name in runs)
-        keys = [shlex.join(["lkspec", "evaluate", f"run={path}", "answers=held_out"]) for path in paths]
+        keys = [shlex.join(["lkspec", "walk", f"run={path}"]) for path in paths]
         for key in keys:
             self._sharpened.setdefault(key, {})[sharpness] = None
         return tuple(map(self._number, keys))

@@ -31,7 +31,7 @@ def token_frame(run: RunFolder) -> pd.DataFrame:
     table = run.read_token_table()
     if table is None:
         raise ValueError(
-            f"{run.name} has no tokens.parquet: `lkspec evaluate run={run.path} answers=held_out` measures it, along "
+            f"{run.name} has no tokens.parquet: `lkspec walk run={run.path}` measures it, along "
             "answers written at T = 1"
         )
     found = table.to_pandas()

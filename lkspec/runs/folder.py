@@ -9,7 +9,7 @@ A run folder, ``<root>/<draft>-<loss>-<target>-s<seed>-<hash8>/``::
     tb/             TensorBoard
     metrics.json    the last value of every metric
     rounds.parquet  one row a round
-    walk.parquet    one row a held-out conversation x depth x sharpness, of validation or `lkspec evaluate answers=`
+    walk.parquet    one row a held-out conversation x depth x sharpness, of validation or `lkspec walk`
     tokens.parquet  one row a token x depth of some answers that were walked, written at T = 1
     results.csv     one row a setting (benchmark, temperature, num_draft_tokens, engine, sharpness) x protocol x steps
     identity.json   what besides its configuration the run's numbers depend on (see identity.py)

@@ -24,7 +24,9 @@ from lkspec.cli import VERBS
 
 README_FILES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("experiments/*/README.md"))]
 ENTRY_FILES = sorted(path for path in (REPOSITORY / "conf").glob("*.yaml"))
-FIXED_BY_RUN = dict.fromkeys(("evaluate", "show", "export"), ("draft", "target", "vocab", "data", "loss"))
+FIXED_BY_RUN = dict.fromkeys(
+    ("evaluate", "walk", "throughput", "show", "export"), ("draft", "target", "vocab", "data", "loss")
+)
 
 
 def commands_in(text: str) -> Iterator[str]:

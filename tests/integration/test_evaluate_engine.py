@@ -25,10 +25,7 @@ pytestmark = pytest.mark.slow
 FAKE = Path(__file__).parents[1] / "fake_vllm"
 ENGINE = ("engine=vllm", f"engine.python={sys.executable}")
 MEASURED = ("run=latest", *BRIEF_EVALUATION, "num_draft_tokens=[2]", "temperatures=[0]")
-THROUGHPUT = (
-    "throughput=default", "throughput.concurrency=[2]", "throughput.num_draft_tokens=[0,2]",
-    "throughput.num_requests=5", "throughput.max_new_tokens=4",
-)  # fmt: skip
+THROUGHPUT = ("concurrency=[2]", "num_draft_tokens=[0,2]", "num_requests=5", "max_new_tokens=4")
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +91,7 @@ def test_rows_of_the_engine_stand_beside_ours(lkspec_cli, tmp_path):
 
 def test_throughput_of_vllm(lkspec_cli, tmp_path):
     train(lkspec_cli, tmp_path)
-    outcome = lkspec_cli("evaluate", "run=latest", *ENGINE, *THROUGHPUT, "throughput.concurrency=[1,3]")
+    outcome = lkspec_cli("throughput", "run=latest", *ENGINE, *THROUGHPUT, "concurrency=[1,3]")
     assert outcome.code == 0, outcome.err
     rows = only_run().read_throughput()
     assert [(row.num_draft_tokens, row.concurrency) for row in rows] == [(0, 1), (0, 3), (2, 1), (2, 3)]
@@ -134,7 +131,7 @@ class TestServer:
             assert "drafts 2 tokens a round, but num_draft_tokens asks for 3" in outcome.error_line
 
     def test_tables_of_several_servers_are_one(self, run, tiny_target):
-        command = ("evaluate", "run=latest", "engine=server", *THROUGHPUT)
+        command = ("throughput", "run=latest", "engine=server", *THROUGHPUT)
         with running(self.stub(tiny_target, num_draft_tokens=0)) as stub:
             outcome = run(*command, f"base_url={stub.url}", "engine.hardware=H100")
             assert outcome.code == 0, outcome.err
@@ -148,7 +145,7 @@ class TestServer:
         assert "measured on a CPU" not in outcome.out
 
     def test_throughput_needs_an_engine(self, run):
-        outcome = run("evaluate", "run=latest", "throughput=default")
+        outcome = run("throughput", "run=latest")
         assert "say engine=vllm, or engine=server base_url=..." in outcome.error_line
 
 
@@ -162,7 +159,7 @@ def test_a_draft_that_vllm_does_not_serve(lkspec_cli, tmp_path):
 def test_a_target_in_memory_is_saved_for_vllm(lkspec_cli):
     run = (*TINY_DATA, "debug=smoke", "trainer.max_steps=1", *NO_EVALUATION, "draft.num_depths=2")
     assert lkspec_cli("train", *run).code == 0
-    outcome = lkspec_cli("evaluate", "run=latest", "benchmark=mini", *ENGINE, *THROUGHPUT)
+    outcome = lkspec_cli("throughput", "run=latest", "benchmark=mini", *ENGINE, *THROUGHPUT)
     assert outcome.code == 0, outcome.err
     log = Path("vllm.log").read_text()
     assert "max_model_len 2048" in log  # the target's limit, below the engine's 4096

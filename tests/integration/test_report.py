@@ -103,7 +103,7 @@ def test_a_training_leaves_the_walk_of_each_conversation(lkspec_cli, tmp_path):
         assert series.value == pytest.approx(metrics[f"val/T1/alpha/depth_{series.get('depth')}"], rel=1e-5)
     with pytest.raises(ValueError, match=r"has no tokens\.parquet"):
         token_frame(run)
-    outcome = lkspec_cli("evaluate", f"run={run.path}", "answers=held_out")
+    outcome = lkspec_cli("walk", f"run={run.path}")
     assert outcome.code == 0, outcome.err
     tokens = token_frame(run)
     for depth in (1, 2):

@@ -132,7 +132,7 @@ class TestGenerate:
 
     def test_writes_what_training_reads(self, lkspec_cli):
         with chat_stub("tiny") as stub:
-            outcome = lkspec_cli(*self.COMMAND, f"base_url={stub.url}", "concurrency=3", "temperature=0.5")
+            outcome = lkspec_cli(*self.COMMAND, f"base_url={stub.url}", "engine.concurrency=3", "temperature=0.5")
         assert outcome.code == 0, outcome.err
         rows = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
         assert [row["messages"][1]["content"] for row in rows] == [f"{i} me tell" for i in range(6)]
@@ -142,7 +142,7 @@ class TestGenerate:
     def test_resumes(self, lkspec_cli):
         with chat_stub("tiny") as stub:
             stub.failures = [400]
-            command = (*self.COMMAND, f"base_url={stub.url}", "concurrency=1")
+            command = (*self.COMMAND, f"base_url={stub.url}", "engine.concurrency=1")
             assert lkspec_cli(*command).code == 2
             stub.failures = []
             whole = lkspec_cli(*command)

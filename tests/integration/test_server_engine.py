@@ -92,7 +92,7 @@ def test_an_answer_that_ends_at_once_has_no_round():
         ),
         (EngineStub(lag=10**6), r"counts 0 generated tokens where the one answer asked for has 9"),
         (EngineStub(num_draft_tokens=3), r"drafts 3 tokens a round, but num_draft_tokens asks for 2: say .*=\[3\]"),
-        (EngineStub(num_draft_tokens=0), r"vLLM 0.99\) does not draft: .*throughput=default"),
+        (EngineStub(num_draft_tokens=0), r"vLLM 0.99\) does not draft: .*lkspec throughput"),
         (EngineStub(changes={"token_ids": None}), r"vLLM 0.99 does not return token ids"),
         (EngineStub("sglang"), r"SGLang 0.9\) does not draft"),
         (EngineStub("sglang", server_info={**SGLANG, "speculative_eagle_topk": 4}), r"drafts trees"),

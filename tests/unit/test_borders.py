@@ -140,6 +140,13 @@ def test_only_commands_import_what_they_share():
     assert users - app - commands == set()
 
 
+def test_measuring_prints_nothing():
+    for module in within("lkspec.measure"):
+        assert not {name for name in IMPORTS[module] if name.split(".")[0] == "rich" or "lkspec.reporting" in name}
+        calls = [node for node in ast.walk(ast.parse(FILES[module].read_text())) if isinstance(node, ast.Call)]
+        assert "print" not in {node.func.id for node in calls if isinstance(node.func, ast.Name)}
+
+
 def test_only_training_and_the_datamodule_know_lightning():
     users = {module for module in FILES if libraries(module) & {"lightning", "pytorch_lightning"}}
     assert users - set(within("lkspec.training")) - {"lkspec.data.datamodule"} == set()

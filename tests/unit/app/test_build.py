@@ -34,12 +34,12 @@ def trainer_config(callbacks: dict) -> object:
 
 def test_a_subclass_of_acceptance_length_is_checked_like_it(tmp_path, mine):
     checked = []
-    suite = SimpleNamespace(check=checked.append)
+    evaluation = SimpleNamespace(options=SimpleNamespace(check=checked.append))
     config = trainer_config({"mine": {"_target_": mine, "every_n_epochs": 2}, "off": None})
-    trainer = build_trainer(config, RunFolder(tmp_path / "run"), suite, "the draft")
+    trainer = build_trainer(config, RunFolder(tmp_path / "run"), evaluation, "the draft")
     assert any(isinstance(callback, EarlyAcceptanceLength) for callback in trainer.callbacks)
     assert checked == ["the draft"]
-    build_trainer(trainer_config({"off": None}), RunFolder(tmp_path / "run"), suite, "the draft")
+    build_trainer(trainer_config({"off": None}), RunFolder(tmp_path / "run"), evaluation, "the draft")
     assert checked == ["the draft"], "nothing will be decoded, so nothing is refused"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -13,15 +14,9 @@ from hypothesis import strategies as st
 from lkspec.benchmarks.base import Benchmark, BenchmarkPrompt
 from lkspec.decoding.chain import Request
 from lkspec.engines.speed import Speed
-from lkspec.measure.suite import RunFacts
-from lkspec.measure.throughput import (
-    ThroughputOptions,
-    comparable,
-    measure_throughput,
-    print_throughput,
-    speedups,
-    verdicts,
-)
+from lkspec.measure.throughput import ThroughputOptions, measure_throughput
+from lkspec.reporting.measured import advice, comparable, print_throughput, speedups
+from lkspec.runs.facts import RunFacts
 from lkspec.runs.folder import RunFolder
 from lkspec.runs.rows import ThroughputRow, read_throughput_rows, write_throughput_rows
 
@@ -64,7 +59,7 @@ def test_quantiles_of_one_and_of_none():
     assert Speed(10, 4.0, ()).tokens_per_second == 2.5
 
 
-def test_verdicts():
+def test_advice():
     rows = [
         *(row(0, c, 100.0) for c in (1, 8, 32)),
         row(1, 1, 130.0), row(3, 1, 180.4),
@@ -72,13 +67,13 @@ def test_verdicts():
         row(1, 32, 87.0), row(3, 32, 70.0),
         row(3, 64, 500.0),
     ]  # fmt: skip
-    assert verdicts(rows) == [
+    assert advice(rows) == [
         "best K at concurrency 1: 3 (1.80x)",
         "best K at concurrency 8: 3 (1.21x); drafting loses with K=1 (0.99x), K=5 (0.60x)",
         "drafting loses at concurrency 32: 0.87x with K=1 at best",
         "concurrency 64: nothing to compare with, as nothing was measured without drafting (K=0) yet",
     ]
-    assert verdicts([row(0, 2, 5.0)]) == [
+    assert advice([row(0, 2, 5.0)]) == [
         "concurrency 2: nothing to compare with, as nothing was measured with a draft yet"
     ]
     assert speedups(rows)[8, 3] == pytest.approx(1.21)
@@ -176,7 +171,9 @@ def measured(tiny_target, tmp_path):
     )  # fmt: skip
     engine = RecordingEngine()
     benchmarks = [benchmark("a", 3), benchmark("b", 1)]
-    rows = measure_throughput(engine, tiny_target, benchmarks, ThroughputOptions(**OPTIONS), facts, step=4)
+    rows = measure_throughput(
+        engine, tiny_target, benchmarks, ThroughputOptions(**OPTIONS), facts, step=4, show=nullcontext
+    )
     return engine, rows
 
 

@@ -12,8 +12,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from lkspec import files
-from lkspec.measure.suite import print_rows
 from lkspec.reporting.figure_style import save
+from lkspec.reporting.measured import print_results
 from lkspec.reporting.run_figures import (
     acceptance_per_position_figure,
     alpha_over_time_figure,
@@ -218,7 +218,7 @@ def test_png_is_1600_wide_and_replaced_atomically(tmp_path, monkeypatch, figure)
 
 
 def test_a_table_of_measurements_shows_what_was_not_measured_as_a_dash(capsys):
-    print_rows([row("gsm8k", 1.0, 2, 0.5, walk_tau=math.nan), row("mt_bench", 1.0, 2, 0.5)], title="t")
+    print_results([row("gsm8k", 1.0, 2, 0.5, walk_tau=math.nan), row("mt_bench", 1.0, 2, 0.5)], title="t")
     first, second = (line for line in capsys.readouterr().out.splitlines() if "│" in line and "T" not in line[:6])
     assert [cell.strip() for cell in first.split("│")[6:8]] == ["-", "-"]
     assert [cell.strip() for cell in second.split("│")[6:8]] == ["-", "1.760"]

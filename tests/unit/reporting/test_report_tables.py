@@ -191,7 +191,7 @@ def test_a_missing_sharpness_shows_the_command_that_walks_it(tmp_path):
     layout = Layout(rows=["loss"], columns=["sharpness", "temperature"], value="walk")
     table = build_table(find_runs(str(tmp_path / "*")), layout)
     (run,) = find_runs(str(tmp_path / "*tv*"))
-    assert table.commands == (f"lkspec evaluate run={run.path} answers=held_out 'sharpness=[1.5]'",)
+    assert table.commands == (f"lkspec walk run={run.path} 'sharpness=[1.5]'",)
     assert cell(table, "tv", "1.5 1").missing == (1,)
 
 
