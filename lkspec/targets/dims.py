@@ -13,15 +13,16 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lkspec.types import DecoderDims, TargetSpec
 
-LLAMA_WORDS = (
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "rope_parameters",
-)
+# A Llama config's words for a decoder layer, and our attributes.
+_ATTRIBUTES = {
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "ffn_size",
+    "rms_norm_eps": "rms_norm_eps",
+    "max_position_embeddings": "max_positions",
+    "rope_parameters": "rope_parameters",
+}
 
 
 def decoder_dims(config: Any) -> DecoderDims:
@@ -55,17 +56,9 @@ def decoder_dims(config: Any) -> DecoderDims:
 
 
 def llama_words(dims: DecoderDims) -> dict[str, Any]:
-    """The same layer in the words of a Llama config: ``LLAMA_WORDS``, plain data."""
-    values = (
-        dims.num_heads,
-        dims.num_kv_heads,
-        dims.head_dim,
-        dims.ffn_size,
-        dims.rms_norm_eps,
-        dims.max_positions,
-        dict(dims.rope_parameters),
-    )
-    return dict(zip(LLAMA_WORDS, values, strict=True))
+    """The same layer in the words of a Llama config, plain data."""
+    words = {word: getattr(dims, attribute) for word, attribute in _ATTRIBUTES.items()}
+    return {**words, "rope_parameters": dict(dims.rope_parameters)}
 
 
 def dims_from_words(words: Mapping[str, Any], *, hidden_size: int) -> DecoderDims:
@@ -76,7 +69,7 @@ def dims_from_words(words: Mapping[str, Any], *, hidden_size: int) -> DecoderDim
     Raises:
         ValueError: RoPE that changes with the sequence length.
     """
-    known = (*LLAMA_WORDS, "rope_theta", "rope_scaling")
+    known = (*_ATTRIBUTES, "rope_theta", "rope_scaling")
     given = {name: words[name] for name in known if words.get(name) is not None}
     return decoder_dims(LlamaConfig(hidden_size=hidden_size, **given))
 
@@ -85,13 +78,13 @@ def with_layer(spec: TargetSpec, words: Mapping[str, Any] | None) -> TargetSpec:
     """A target's description with the words of a Llama config in place of its own decoder layer's.
 
     Raises:
-        ValueError: a word that is none of ``LLAMA_WORDS``, or RoPE that changes with the sequence length.
+        ValueError: an unknown word, or RoPE that changes with the sequence length.
     """
     if not words:
         return spec
-    unknown = [word for word in words if word not in LLAMA_WORDS]
+    unknown = [word for word in words if word not in _ATTRIBUTES]
     if unknown:
-        raise ValueError(f"draft.layer: expected {', '.join(LLAMA_WORDS)}, got {', '.join(unknown)}")
+        raise ValueError(f"draft.layer: expected {', '.join(_ATTRIBUTES)}, got {', '.join(unknown)}")
     dims = dims_from_words({**llama_words(spec.dims), **words}, hidden_size=spec.dims.hidden_size)
     return replace(spec, dims=dims)
 

@@ -6,10 +6,11 @@ import hashlib
 import importlib.util
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
@@ -46,8 +47,11 @@ class TransformersTarget:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        if attn_implementation is not None and "flash" in attn_implementation:
-            _require_flash_attention(attn_implementation)
+        if "flash" in (attn_implementation or "") and importlib.util.find_spec("flash_attn") is None:
+            raise ValueError(
+                f"target.attn_implementation={attn_implementation} needs the package flash-attn, which is not "
+                "installed: pip install 'lkspec[flash]' (a CUDA machine), or set target.attn_implementation=sdpa"
+            )
         torch_dtype = parse_dtype(dtype)
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         try:
@@ -110,6 +114,8 @@ class TransformersTarget:
         self.config = self.model.config.get_text_config()
         self.model_config = {**self.model.config.to_dict(), "architectures": [type(self.model).__name__]}
         self.attn_implementation = str(self.config._attn_implementation)
+        if "flash" in self.attn_implementation and self.device.type != "cuda":
+            raise ValueError(f"{self.attn_implementation} needs a CUDA device, got {self.device}")
         self.num_layers = int(self.config.num_hidden_layers)
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         self._layer_types = _layer_types(self.config, name)
@@ -118,7 +124,8 @@ class TransformersTarget:
         self.max_positions = int(self.config.max_position_embeddings)
         self.embedding = self.model.get_input_embeddings().weight.detach()
         self.eos_ids = _eos_ids(self.model, tokenizer)
-        self.special_ids = tuple(sorted({*self.eos_ids, *_special_ids(tokenizer, self.embedding.shape[0])}))
+        special = (i for i in tokenizer.all_special_ids if i < self.embedding.shape[0])
+        self.special_ids = tuple(sorted({*self.eos_ids, *special}))
         self.head = self._checked_head()
         self.spec = TargetSpec(
             dims=decoder_dims(self.config),
@@ -163,7 +170,7 @@ class TransformersTarget:
     def _forward(
         self, tokens: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor] | None, cache: PositionCache | None
     ) -> TargetStates:
-        with self._record_layer_inputs() as entered:
+        with self._recorded_layer_inputs() as entered:
             output = self._decoder(
                 input_ids=tokens,
                 position_ids=positions,
@@ -171,39 +178,30 @@ class TransformersTarget:
                 past_key_values=cache,
                 use_cache=cache is not None,
             )
-        aux = torch.cat([entered[layer] for layer in self.aux_layer_ids], dim=-1)
-        return TargetStates(aux=aux, last=output.last_hidden_state)
+        return TargetStates(aux=torch.cat(entered, dim=-1), last=output.last_hidden_state)
 
     @contextmanager
-    def _record_layer_inputs(self) -> Iterator[dict[int, Tensor]]:
-        entered: dict[int, Tensor] = {}
+    def _recorded_layer_inputs(self) -> Iterator[list[Tensor]]:
+        """What enters the auxiliary layers while the decoder runs, from the lowest up."""
+        entered: list[Tensor] = []
 
-        def recorder(layer: int) -> Any:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                entered[layer] = args[0] if args else kwargs["hidden_states"]
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entered.append(args[0] if args else kwargs["hidden_states"])
 
-            return hook
-
-        handles = [
-            self._decoder.layers[layer].register_forward_pre_hook(recorder(layer), with_kwargs=True)
-            for layer in self.aux_layer_ids
-        ]
-        try:
+        with ExitStack() as hooks:
+            for layer in self.aux_layer_ids:
+                hooks.enter_context(self._decoder.layers[layer].register_forward_pre_hook(record, with_kwargs=True))
             yield entered
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _packed_mask(self, batch: Batch) -> Tensor | dict[str, Tensor]:
-        same = batch.segments[:, :, None] == batch.segments[:, None, :]
-        distance = batch.positions[:, :, None] - batch.positions[:, None, :]
+        same = (batch.segments[:, :, None] == batch.segments[:, None, :])[:, None]
+        distance = (batch.positions[:, :, None] - batch.positions[:, None, :])[:, None]
         visible = same & (distance >= 0)
-        return self._as_model_mask(
-            {
-                layer_type: (visible if window is None else visible & (distance < window))[:, None]
-                for layer_type, window in self._layer_types.items()
-            }
-        )
+        masks = {
+            kind: visible if window is None else visible & (distance < window)
+            for kind, window in self._layer_types.items()
+        }
+        return self._as_model_mask(masks)
 
     def _as_model_mask(self, masks: dict[str, Bool[Tensor, "B 1 S L"]]) -> Tensor | dict[str, Tensor]:
         """Masks in the form that the attention implementation reads: bool for sdpa, additive for eager."""
@@ -215,30 +213,27 @@ class TransformersTarget:
         prepared: dict[str, Tensor] = dict(masks)
         if self.attn_implementation == "eager":
             lowest = torch.finfo(self.dtype).min
-            prepared = {
-                layer_type: torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, lowest)
-                for layer_type, mask in masks.items()
-            }
-        return prepared if _is_hybrid(self.config) else next(iter(prepared.values()))
+            prepared = {kind: torch.where(mask, 0.0, lowest).to(self.dtype) for kind, mask in masks.items()}
+        # Models with one kind of layer read a single mask.
+        return prepared if len(self._layer_types) > 1 else next(iter(prepared.values()))
 
     @torch.no_grad()
     def _checked_head(self) -> LinearHead:
         """Describes the head and checks head(last hidden) = model logits (contract 3)."""
         output = self.model.get_output_embeddings()
         scale = getattr(self.config, "logit_scale", None) or 1.0
-        scale = scale / (getattr(self.config, "logits_scaling", None) or 1.0)
+        bias = getattr(output, "bias", None)
         head = LinearHead(
             weight=output.weight.detach(),
-            bias=None if getattr(output, "bias", None) is None else output.bias.detach(),
-            scale=float(scale),
+            bias=None if bias is None else bias.detach(),
+            scale=float(scale / (getattr(self.config, "logits_scaling", None) or 1.0)),
             soft_cap=getattr(self.config, "final_logit_softcapping", None),
         )
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, self.embedding.shape[0], (1, 8), generator=generator).to(self.device)
         positions = torch.arange(8, device=self.device)[None]
-        with self._eager_if_flash():
-            expected = self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
-            described = head.logits(self._forward(tokens, positions, None, None).last).float()
+        expected = self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
+        described = head.logits(self._forward(tokens, positions, None, None).last).float()
         tolerance = 1e-4 if self.dtype == torch.float32 else 2e-2
         error = float((expected - described).abs().max() / expected.abs().max().clamp_min(1e-6))
         if not error <= tolerance:
@@ -247,14 +242,6 @@ class TransformersTarget:
                 f"(relative error {error:.1e}, allowed {tolerance:.0e}); this model's head is not supported"
             )
         return head
-
-    @contextmanager
-    def _eager_if_flash(self) -> Iterator[None]:
-        """flash-attn runs on GPUs and in half precision only; the construction check must run anywhere."""
-        if "flash" not in self.attn_implementation or self.device.type == "cuda":
-            yield
-            return
-        raise ValueError(f"{self.attn_implementation} needs a CUDA device, got {self.device}")
 
     def _fingerprint(self) -> str:
         """Digest of a sample of every parameter, rounded to bfloat16 so that loading in another dtype keeps it."""
@@ -275,14 +262,6 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in known:
         raise ValueError(f"dtype: expected one of {', '.join(known)}, got {name!r}")
     return known[name]
-
-
-def _require_flash_attention(name: str) -> None:
-    if importlib.util.find_spec("flash_attn") is None:
-        raise ValueError(
-            f"target.attn_implementation={name} needs the package flash-attn, which is not installed: "
-            "pip install 'lkspec[flash]' (a CUDA machine), or set target.attn_implementation=sdpa"
-        )
 
 
 def _checked_decoder(model: Any, name: str) -> Any:
@@ -334,24 +313,10 @@ def _layer_types(config: Any, name: str) -> dict[str, int | None]:
     return {kind: (window if kind == "sliding_attention" else None) for kind in sorted(set(types))}
 
 
-def _is_hybrid(config: Any) -> bool:
-    """Whether the model reads a mask a layer type; models with one kind of layer read a single mask."""
-    types = getattr(config, "layer_types", None)
-    return types is not None and len(set(types)) > 1
-
-
 def _eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a generation, from the generation config, the config and the tokenizer."""
-    found: set[int] = set()
-    for value in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
-        if isinstance(value, int):
-            found.add(value)
-        elif value is not None:
-            found.update(int(v) for v in value)
+    """Every id that ends a generation, from the generation config and the tokenizer."""
+    named = (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id)
+    found = {int(token) for value in named if value is not None for token in np.atleast_1d(value)}
     if not found:
         raise ValueError(f"{tokenizer.name_or_path}: neither the model nor the tokenizer names an end-of-text token")
     return tuple(sorted(found))
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> set[int]:
-    return {i for i in tokenizer.all_special_ids if i < vocab_size}
