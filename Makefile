@@ -11,7 +11,7 @@ MODEL := $(VENV)/.model
 export LKSPEC_DATA
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve-env quickstart captured duel tables sharpness figures notebooks bench test test-fast test-serve lint format clean
+.PHONY: help install serve-env quickstart captured duel tables sharpness figures notebooks bench test test-fast test-serve mutants lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -108,6 +108,9 @@ test-fast: $(MODEL) ## unit tests without the slow ones (under 90 s)
 
 test-serve: $(MODEL) $(SERVE)/.installed ## what vLLM and speculators make of our exports (sets up .serve-venv)
 	$(BIN)/python -m pytest -q -m serve
+
+mutants: $(MODEL) ## plant one fault at a time and say which test catches it (about 5 minutes; not in CI)
+	$(BIN)/python tests/mutants.py
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_line import NO_EVALUATION, TINY_RUN
-from report_runs import make_study
+from helpers.report_runs import make_study
 
 from lkspec.data.tiny import tiny_rows
 from lkspec.reporting.counts import read_series

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from draft_cases import CASES, half_vocab, make_draft
+from helpers.draft_cases import CASES, half_vocab, make_draft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

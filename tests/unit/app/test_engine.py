@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from draft_cases import CASES, half_vocab, make_draft
+from helpers.draft_cases import CASES, half_vocab, make_draft
+from helpers.own_draft import OneHead
 from omegaconf import DictConfig, OmegaConf
-from own_draft import OneHead
 
 from lkspec.app.engine import serving_engine
 from lkspec.drafts.base import Draft

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from draft_cases import CASES, half_vocab, make_draft
+from helpers.draft_cases import CASES, half_vocab, make_draft
 from toy_models import GREEDY, SAMPLED, SOME, V, decode, decode_one, make_requests, similar_draft, toy_target
 
 from lkspec.decoding.chain import Completion, Request

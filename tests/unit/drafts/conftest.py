@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from draft_cases import CASES, Case
+from helpers.draft_cases import CASES, Case
 
 from lkspec.targets.tiny import TinyTarget
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from draft_cases import CASES, Case, batch_for, conversation, half_vocab, make_draft, unrolled
+from helpers.draft_cases import CASES, Case, batch_for, conversation, half_vocab, make_draft, unrolled
 from torch import Tensor
 
 from lkspec.targets.tiny import TinyTarget

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from draft_cases import Case, half_vocab, make_draft
+from helpers.draft_cases import Case, half_vocab, make_draft
 from torch import Tensor
 
 from lkspec.decoding.chain import ChainDecoder, Completion, Request

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from draft_cases import Case, batch_for, half_vocab, make_draft, unrolled
+from helpers.draft_cases import Case, batch_for, half_vocab, make_draft, unrolled
 from torch import Tensor
 
 from lkspec.drafts.base import Draft

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from draft_cases import unrolled
-from eagle3_reference import DIMS, SOME, Reference, V, make_batch, make_draft, make_spec
+from helpers.draft_cases import unrolled
+from helpers.eagle3_reference import DIMS, SOME, Reference, V, make_batch, make_draft, make_spec
 
 from lkspec.drafts.eagle3 import Eagle3
 from lkspec.vocab import DraftVocab

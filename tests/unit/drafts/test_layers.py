@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from eagle3_reference import SOME, V, make_spec
+from helpers.eagle3_reference import SOME, V, make_spec
 from torch import Tensor
 
 from lkspec.drafts.base import UnrollOptions

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from draft_cases import batch_for, unrolled
-from mtp_checkpoints import BLOCK, KINDS, V, load_native, made, target_of
-from mtp_reference import DeepSeekReference, QwenReference
+from helpers.draft_cases import batch_for, unrolled
+from helpers.mtp_checkpoints import BLOCK, KINDS, V, load_native, made, target_of
+from helpers.mtp_reference import DeepSeekReference, QwenReference
 from torch import Tensor
 
 from lkspec.decoding.chain import ChainDecoder, Completion, Request

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mtp_checkpoints import KINDS, MODULE_SHARD, TARGET_SHARD, V, load_native, made
+from helpers.mtp_checkpoints import KINDS, MODULE_SHARD, TARGET_SHARD, V, load_native, made
 
 from lkspec.drafts.mtp import MTP
 from lkspec.targets.tiny import TinyTarget

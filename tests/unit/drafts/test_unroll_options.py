@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from draft_cases import CASES, Case, batch_for, make_draft
+from helpers.draft_cases import CASES, Case, batch_for, make_draft
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from report_runs import make_run, walk_held_out
+from helpers.report_runs import make_run, walk_held_out
 
 from lkspec.reporting.counts import find_runs
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from draft_cases import batch_for, half_vocab
+from helpers.draft_cases import batch_for, half_vocab
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from draft_cases import CASES, make_draft
 from export_cases import (
     HALF,
     PLAIN_CONFIG,
@@ -17,6 +16,7 @@ from export_cases import (
     reopened,
     write_folder,
 )
+from helpers.draft_cases import CASES, make_draft
 
 from lkspec.export.eagle3 import PlainEagle3
 from lkspec.export.medusa import OriginalMedusa, VllmMedusa

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from draft_cases import CASES, half_vocab, make_draft
+from helpers.draft_cases import CASES, half_vocab, make_draft
 from torch import Tensor
 
 from lkspec.drafts.base import Draft

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from draft_cases import CASES, make_draft
 from export_cases import HALF, read_folder, reopened, same_q
+from helpers.draft_cases import CASES, make_draft
 from safetensors.torch import save_file
 
 from lkspec.drafts.base import Draft

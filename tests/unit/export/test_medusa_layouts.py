@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from draft_cases import CASES, make_draft
 from export_cases import (
     HALF,
     H,
@@ -23,6 +22,7 @@ from export_cases import (
     unrolled_q,
     write_folder,
 )
+from helpers.draft_cases import CASES, make_draft
 
 from lkspec.drafts.medusa import Medusa
 from lkspec.export.base import WriteOptions

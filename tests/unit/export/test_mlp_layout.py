@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from draft_cases import CASES, make_draft
 from export_cases import (
     HALF,
     H,
@@ -24,6 +23,7 @@ from export_cases import (
     unrolled_q,
     write_folder,
 )
+from helpers.draft_cases import CASES, make_draft
 from torch import Tensor
 
 from lkspec.drafts.mlp import MLPSpeculator

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from draft_cases import CASES, half_vocab, make_draft
-from own_draft import OneHead
+from helpers.draft_cases import CASES, half_vocab, make_draft
+from helpers.own_draft import OneHead
 
 from lkspec.export.base import WriteOptions
 from lkspec.export.card import Facts, model_card, newest

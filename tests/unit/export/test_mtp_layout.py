@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from mtp_checkpoints import MODULE_SHARD, TARGET_SHARD, Checkpoint, V, load_native, made
+from helpers.mtp_checkpoints import MODULE_SHARD, TARGET_SHARD, Checkpoint, V, load_native, made
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor

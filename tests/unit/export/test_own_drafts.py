@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from export_cases import HALF, reopened, same_q
-from own_draft import OneHead
+from helpers.own_draft import OneHead
 
 from lkspec.drafts.eagle3 import Eagle3
 from lkspec.drafts.medusa import Medusa

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from draft_cases import CASES, make_draft
-from eagle3_reference import Reference
 from export_cases import (
     FFN,
     HALF,
@@ -30,6 +28,8 @@ from export_cases import (
     unrolled_q,
     write_folder,
 )
+from helpers.draft_cases import CASES, make_draft
+from helpers.eagle3_reference import Reference
 from transformers import AutoConfig
 
 from lkspec.drafts.eagle3 import Eagle3

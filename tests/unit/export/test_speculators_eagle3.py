@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from draft_cases import CASES, make_draft
-from eagle3_reference import Reference
 from export_cases import (
     HALF,
     PLAIN_SHAPES,
@@ -26,6 +24,8 @@ from export_cases import (
     unrolled_q,
     write_folder,
 )
+from helpers.draft_cases import CASES, make_draft
+from helpers.eagle3_reference import Reference
 from transformers import LlamaConfig
 
 from lkspec.drafts.eagle3 import Eagle3

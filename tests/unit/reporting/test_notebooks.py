@@ -8,8 +8,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from helpers.report_runs import make_study, store_tokens
 from nbclient import NotebookClient
-from report_runs import make_study, store_tokens
 
 from lkspec.runs.folder import RunFolder
 

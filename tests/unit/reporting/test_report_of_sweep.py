@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 import pytest
-from report_runs import make_run, make_study, walk_held_out
+from helpers.report_runs import make_run, make_study, walk_held_out
 from rich.console import Console
 
 from lkspec.reporting.counts import find_runs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 import pytest
-from report_runs import decoded, make_run, make_study, measure, walk_held_out
+from helpers.report_runs import decoded, make_run, make_study, measure, walk_held_out
 
 from lkspec.measure.metrics import paired_difference_interval
 from lkspec.reporting.counts import find_runs, read_series, results_frame

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from report_runs import make_run, store_tokens
+from helpers.report_runs import make_run, store_tokens
 
 from lkspec.reporting.tokens import acceptance_by, coloured_text, domain_of, token_frame, token_kind
 

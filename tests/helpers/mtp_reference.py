@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 
 import torch
-from mtp_checkpoints import Checkpoint
+from helpers.mtp_checkpoints import Checkpoint
 from torch import Tensor
 
 Entry = tuple[Tensor, Tensor]

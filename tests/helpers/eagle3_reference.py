@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from draft_cases import random_batch
+from helpers.draft_cases import random_batch
 from torch import Tensor
 
 from lkspec.drafts.eagle3 import Eagle3
