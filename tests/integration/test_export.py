@@ -289,7 +289,7 @@ def test_what_a_user_may_get_wrong(lkspec_cli: Run, exports: dict[str, Path], ru
 
 def test_a_draft_of_ones_own_has_no_format(lkspec_cli: Run) -> None:
     """Said in one line, with nothing left behind."""
-    shutil.copy(REPOSITORY / "tests/unit/drafts/own_draft.py", "my_draft.py")
+    shutil.copy(REPOSITORY / "tests/helpers/own_draft.py", "my_draft.py")
     Path("conf/draft").mkdir(parents=True)
     Path("conf/draft/mine.yaml").write_text("_target_: my_draft.OneHead\nnum_depths: 2\npaper_eta: 3.0\n")
     outcome = lkspec_cli("train", "draft=mine", *RUN, *NO_EVALUATION)
