@@ -4,18 +4,20 @@ import json
 import logging
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from lkspec.data.chat import encode_conversation
 from lkspec.data.conversations import read_conversations
 from lkspec.data.datamodule import SpeculatorDataModule, is_held_out
 from lkspec.types import text_key
 
-CONF = Path(__file__).parents[3] / "conf" / "data"
+CONF = Path(__file__).parents[3] / "conf"
 
 
 def write(path, rows):
@@ -210,20 +212,26 @@ def test_settings_that_cannot_work_say_what_to_set(chat):
         SpeculatorDataModule(train="tiny:8").bind(chat.tokenizer, eos_ids=chat.eos_ids, max_positions=64)
 
 
-@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_data_file_names_every_argument(path):
-    config = yaml.safe_load(path.read_text())
-    assert config.pop("_target_") == "lkspec.data.datamodule.SpeculatorDataModule"
-    assert config.pop("seed") == "${seed}"
+def configured(choice: str) -> dict[str, Any]:
+    """The settings of a data file; the order of training is the run's."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(overrides=[f"+data={choice}", "+seed=0"]).data
+    settings = OmegaConf.to_container(config)
+    assert settings.pop("_target_") == "lkspec.data.datamodule.SpeculatorDataModule"
+    assert settings.pop("seed") == "${seed}"
+    return settings
+
+
+@pytest.mark.parametrize("choice", sorted(path.stem for path in (CONF / "data").glob("*.yaml")))
+def test_every_data_file_names_every_argument(choice):
+    config = configured(choice)
     defaults = SpeculatorDataModule.__init__.__kwdefaults__
     assert set(config) == {*defaults, "train"} - {"seed"}
     SpeculatorDataModule(**config)
 
 
 def test_the_tiny_set_runs_as_configured(chat):
-    config = yaml.safe_load((CONF / "tiny.yaml").read_text())
-    del config["_target_"], config["seed"]
-    data = ready(chat, **config)
+    data = ready(chat, **configured("tiny"))
     assert len(data.train_dataloader()) >= 4
     assert len(data.validation_set) >= 4
 
