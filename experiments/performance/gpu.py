@@ -28,8 +28,7 @@ from torch import Tensor, nn
 
 from lkspec.drafts.eagle3 import Eagle3
 from lkspec.losses.divergences import logit_stats
-from lkspec.losses.fused import torch_rows as fused_rows
-from lkspec.losses.fused import triton_rows as fused_triton
+from lkspec.losses.fused import torch_rows, triton_rows
 from lkspec.losses.fused.in_forward import InForward
 from lkspec.losses.fused.scratch import Scratch
 from lkspec.losses.fused.target_rows import Logits
@@ -176,7 +175,7 @@ class RowCase:
         self.draft.copy_(self.pristine)
 
     def run(
-        self, names: tuple[str, ...], *, rows: types.ModuleType = fused_triton, in_one: bool = False, **options: Any
+        self, names: tuple[str, ...], *, rows: types.ModuleType = triton_rows, in_one: bool = False, **options: Any
     ) -> dict[str, Tensor]:
         """Target, statistics and slopes; ``in_one`` as backward asks for them, without the text's statistics."""
         target = rows.read_target(
@@ -232,7 +231,7 @@ def row_kernels_at(bench: Bench, report: Report, case: RowCase, limit: float | N
             "kl": Contestant(lambda: case.run(("kl",)), case.restore),
             "lk in one": Contestant(lambda: case.run(("kl", "log_alpha"), in_one=True), case.restore),
             "kl in one": Contestant(lambda: case.run(("kl",), in_one=True), case.restore),
-            "torch": Contestant(lambda: case.run(("kl", "log_alpha"), rows=fused_rows), case.restore),
+            "torch": Contestant(lambda: case.run(("kl", "log_alpha"), rows=torch_rows), case.restore),
             "copy": Contestant(lambda: copied.copy_(case.target)),
         }
     )
@@ -248,7 +247,7 @@ def row_kernels_at(bench: Bench, report: Report, case: RowCase, limit: float | N
 def tune(bench: Bench) -> None:
     """Every plausible tile at both widths, each kernel by itself."""
     tiles = [
-        fused_triton.Tile(1, lanes, warps)
+        triton_rows.Tile(1, lanes, warps)
         for lanes, warps in product((128, 256, 512, 1024), (4, 8, 16, 32))
         if 1 <= lanes // (32 * warps) <= 4
     ][: bench.sizes.num_tiles]
@@ -264,13 +263,13 @@ def kernels(case: RowCase) -> dict[str, Callable[..., object]]:
     """Each kernel alone."""
     logits, draft = Logits(case.target, case.head, 1.0), Logits(case.draft, case.head, 1.0)
     slopes = {name: case.slopes[name] for name in ("kl", "log_alpha")}
-    target = fused_triton.read_target(logits, case.vocab, TargetFilter(), case.scratch)
-    stats = fused_triton.row_stats(draft, target, case.tokens, case.vocab, case.scratch)
+    target = triton_rows.read_target(logits, case.vocab, TargetFilter(), case.scratch)
+    stats = triton_rows.row_stats(draft, target, case.tokens, case.vocab, case.scratch)
     return {
-        "target": partial(fused_triton.read_target, logits, case.vocab, TargetFilter(), case.scratch),
-        "stats": partial(fused_triton.row_stats, draft, target, case.tokens, case.vocab, case.scratch),
-        "slopes": partial(fused_triton.d_logits, draft, target, stats, slopes, case.scratch),
-        "in one": partial(fused_triton.d_logits, draft, target, {}, slopes, case.scratch),
+        "target": partial(triton_rows.read_target, logits, case.vocab, TargetFilter(), case.scratch),
+        "stats": partial(triton_rows.row_stats, draft, target, case.tokens, case.vocab, case.scratch),
+        "slopes": partial(triton_rows.d_logits, draft, target, stats, slopes, case.scratch),
+        "in one": partial(triton_rows.d_logits, draft, target, {}, slopes, case.scratch),
     }
 
 
@@ -528,7 +527,7 @@ def main() -> None:
     if device.type == "cpu":  # the package itself chooses Triton on a GPU alone
         from lkspec.losses.fused import token_stats as module
 
-        module.row_functions = lambda walk, device: fused_triton  # type: ignore[assignment]
+        module.row_functions = lambda chunks, device: triton_rows  # type: ignore[assignment]
     check(bench)
     if options.tune:
         tune(bench)

@@ -69,7 +69,7 @@ def logit_stats(
     """
     _check_temperature(temperature, tokens)
     with torch.no_grad():
-        target = _target_rows(target_logits, vocab, temperature, TargetFilter(top_k, top_p))
+        target = _target_logprobs(target_logits, vocab, temperature, TargetFilter(top_k, top_p))
     return _row_stats(draft_logits, target, tokens, vocab, temperature, row_value)
 
 
@@ -95,7 +95,7 @@ def token_stats(
         logit_stats(heads[k-1].logits(hidden[k-1, b, t]), target_head.logits(target_hidden[b, t + k]),
                     tokens[b, t + k + 1], vocab)
 
-    but it walks over chunks of TARGET rows: row r serves anchor r - k at every depth k, so the target's logits are
+    but in chunks of TARGET rows: row r serves anchor r - k at every depth k, so the target's logits are
     computed once for all K depths, and only for rows that some depth needs. Where the mask is 0 the statistics and
     the gradients are exactly zero, whatever the hidden states hold there. Autograd keeps [rows, D] activations of all
     chunks; ``fused_token_stats`` gives the same numbers and keeps none.
@@ -135,7 +135,7 @@ def token_stats(
     chunks = []
     for draft_rows, target_rows, text, divisor in zip(*pieces, strict=True):
         with torch.no_grad():
-            target = _target_rows(target_head.logits(target_rows), vocab, divisor, target_filter)
+            target = _target_logprobs(target_head.logits(target_rows), vocab, divisor, target_filter)
         stats = partial(_row_stats, target=target, tokens=text, vocab=vocab, temperature=divisor, row_value=row_value)
         depths = [stats(head.logits(rows)) for head, rows in zip(heads, draft_rows, strict=True)]
         chunks.append({name: torch.stack([depth[name] for depth in depths]) for name in depths[0]})
@@ -143,7 +143,7 @@ def token_stats(
     return TokenStats(mask=mask, **placed)
 
 
-class _TargetRows(NamedTuple):
+class _TargetLogprobs(NamedTuple):
     """The target's side of rows, shared by all depths.
 
     Attributes:
@@ -157,20 +157,20 @@ class _TargetRows(NamedTuple):
     top1: Int[Tensor, "*rows"]
 
 
-def _target_rows(
+def _target_logprobs(
     logits: Float[Tensor, "*rows V"],
     vocab: DraftVocab,
     temperature: float | Float[Tensor, "*rows"],
     target_filter: TargetFilter,
-) -> _TargetRows:
+) -> _TargetLogprobs:
     logits = target_filter(_tempered(logits, temperature))
     logp = vocab.restrict(logits) - logits.logsumexp(-1, keepdim=True)
-    return _TargetRows(logp, logp.logsumexp(-1), logits.argmax(-1))
+    return _TargetLogprobs(logp, logp.logsumexp(-1), logits.argmax(-1))
 
 
 def _row_stats(
     draft_logits: Float[Tensor, "*rows D"],
-    target: _TargetRows,
+    target: _TargetLogprobs,
     tokens: Int[Tensor, "*rows"],
     vocab: DraftVocab,
     temperature: float | Float[Tensor, "*rows"],

@@ -22,7 +22,7 @@ class GreedyMixed(Wrapping):
         share: of the greedy part.
 
     Raises:
-        ValueError: share outside [0, 1], or a base of form (b), as a walk computes one value a row.
+        ValueError: share outside [0, 1], or a base of form (b), as the statistics hold one such value per row.
     """
 
     def __init__(self, base: Objective, *, share: float = 0.2) -> None:

@@ -1,7 +1,7 @@
 """Objectives: a few lines each over per-token statistics, and the weighted sum over depths that all of them share.
 
 An objective knows nothing of batches, ranks or vocabularies. It maps ``TokenStats`` to one value a token, zero where
-the mask is 0 (form a), or gives a function of (logp, logq) that the statistics walk runs for it (form b).
+the mask is 0 (form a), or gives a function of (logp, logq) that runs over the same chunks (form b).
 """
 
 from __future__ import annotations

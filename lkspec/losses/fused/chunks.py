@@ -1,4 +1,4 @@
-"""The walk over chunks of target rows: how long a chunk is, and its products with the heads."""
+"""Chunks of target rows: how long a chunk is, and its products with the heads."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def products_span_depths(device: torch.device) -> bool:
 
 
 @dataclass(frozen=True)
-class ChunkWalk:
+class Chunks:
     """What every chunk needs besides tensors that carry gradients.
 
     Attributes:
@@ -88,7 +88,7 @@ class ChunkWalk:
         """0 where no row is needed."""
         return -(-len(self.served.rows) // self.chunk_size)
 
-    def chunks(self) -> Iterator[slice]:
+    def slices(self) -> Iterator[slice]:
         """Slices of the target rows, of equal length but for the last."""
         num_rows = len(self.served.rows)
         length = -(-num_rows // max(self.num_chunks, 1))
@@ -125,7 +125,7 @@ class ChunkPass:
     """One pass over the chunks, forward or backward.
 
     Args:
-        walk: over what.
+        chunks: of which rows, and with what.
         hidden: the draft's hidden states.
         target_hidden: the target's.
         columns: multiply with the target's head over the draft vocabulary alone.
@@ -133,38 +133,38 @@ class ChunkPass:
 
     def __init__(
         self,
-        walk: ChunkWalk,
+        chunks: Chunks,
         hidden: Float[Tensor, "K B T H"],
         target_hidden: Float[Tensor, "B T Ht"],
         *,
         columns: bool,
     ) -> None:
-        self._walk = walk
+        self._chunks = chunks
         self._flat_hidden, self._flat_target = hidden.flatten(0, 2), target_hidden.flatten(0, 1)
         # Under autocast a pass converts each weight once, not once a chunk.
-        cast = {id(head.weight): walk.cast(head).weight for head in walk.heads}
-        self._heads = [replace(head, weight=cast[id(head.weight)]) for head in walk.heads]
-        self._target_head = walk.cast(_columns(walk.target_head, walk.vocab) if columns else walk.target_head)
-        self.scratch = Scratch(hidden.device, walk.dtype)
+        cast = {id(head.weight): chunks.cast(head).weight for head in chunks.heads}
+        self._heads = [replace(head, weight=cast[id(head.weight)]) for head in chunks.heads]
+        self._target_head = chunks.cast(_columns(chunks.target_head, chunks.vocab) if columns else chunks.target_head)
+        self.scratch = Scratch(hidden.device, chunks.dtype)
 
     def target_logits(self, rows: slice) -> Logits:
         """The target's logits of a chunk."""
-        hidden = self._flat_target[self._walk.served.rows[rows]]
+        hidden = self._flat_target[self._chunks.served.rows[rows]]
         product = _product("target_product", hidden.to(self._target_head.weight.dtype), self._target_head, self.scratch)
-        return Logits(product, self._target_head, self._walk.temperature_of(rows))
+        return Logits(product, self._target_head, self._chunks.temperature_of(rows))
 
     def target_pieces(self, rows: slice) -> Iterator[tuple[slice, Logits]]:
         """The same over slices of the vocabulary, each valid until the next is asked for."""
-        hidden = self._flat_target[self._walk.served.rows[rows]]
-        return logit_pieces(hidden, self._target_head, self._walk.temperature_of(rows), self.scratch)
+        hidden = self._flat_target[self._chunks.served.rows[rows]]
+        return logit_pieces(hidden, self._target_head, self._chunks.temperature_of(rows), self.scratch)
 
     def draft_logits(self, rows: slice, gradients: HeadGradients | None) -> Iterator[tuple[int, Logits]]:
         """The draft's logits of a chunk at each depth (from 0), valid until the next is asked for.
 
         ``gradients`` takes up what was left in the place of the products.
         """
-        served, temperature = self._walk.served, self._walk.temperature_of(rows)
-        for depths in self._walk.groups():
+        served, temperature = self._chunks.served, self._chunks.temperature_of(rows)
+        for depths in self._chunks.groups():
             head, needed = self._heads[depths.start], served.needed[depths, rows].flatten()
             anchors = served.anchors[depths, rows].flatten()
             # Zeros BEFORE any arithmetic, so that a NaN at a masked entry meets neither a value nor a gradient.

@@ -1,4 +1,4 @@
-"""Gradients of the draft's hidden states and heads, summed over the chunks of a walk."""
+"""Gradients of the draft's hidden states and heads, summed over chunks."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ class InForward:
             one depth as [1, 1, R], and mean_alpha as [1].
         weights: what the loss multiplies each depth's sum of values by; gradients are right up to a common factor only
             with these weights.
-        reads_mean_alpha: which only a walk of a single chunk can know in time; mean_alpha is NaN where this is False.
+        reads_mean_alpha: which is known in time only where one chunk holds all rows; where this is False,
+            mean_alpha is NaN.
     """
 
     values: Callable[[TokenStats, Float[Tensor, " 1"]], Float[Tensor, "1 1 R"]]

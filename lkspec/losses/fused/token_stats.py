@@ -1,7 +1,7 @@
 """``token_stats`` from hidden states without any [tokens, vocabulary] tensor that outlives its chunk.
 
 The same statistics as ``divergences.token_stats``, the readable definition, as one ``torch.autograd.Function`` that
-walks over chunks of target rows. Row r serves anchor r - k at every depth k, so the target's logits are computed once
+goes through chunks of target rows. Row r serves anchor r - k at every depth k, so the target's logits are computed once
 for all K depths. Two ways to the gradient, the same numbers:
 
 - *recompute*: forward keeps a few numbers of each row; backward computes a chunk's draft logits and the target's draft
@@ -10,8 +10,8 @@ for all K depths. Two ways to the gradient, the same numbers:
   formed while the logits are there, and backward only scales. A value that depends on the mean alpha of its depth as
   well allows this where a single chunk holds all rows.
 
-Products with heads are here; what happens to a chunk's logits between them is in ``fused_rows``, and on a GPU in
-``fused_triton``.
+Products with heads are here; what happens to a chunk's logits between them is in ``torch_rows``, and on a GPU in
+``triton_rows``.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lkspec.losses.divergences import RowValue, check_arguments
-from lkspec.losses.fused import torch_rows as fused_rows
-from lkspec.losses.fused.chunks import ChunkPass, ChunkWalk, chunk_rows, products_span_depths
+from lkspec.losses.fused import torch_rows
+from lkspec.losses.fused.chunks import ChunkPass, Chunks, chunk_rows, products_span_depths
 from lkspec.losses.fused.head_gradients import HeadGradients
 from lkspec.losses.fused.in_forward import InForward
 from lkspec.losses.fused.served_rows import served_rows
@@ -85,7 +85,7 @@ def fused_token_stats(
         temperature = temperature.to(hidden.device)
     if vocab.is_full or target_filter.is_on or isinstance(temperature, Tensor) or temperature != 1.0:
         target_summary = None
-    walk = ChunkWalk(
+    chunks = Chunks(
         heads=tuple(heads),
         target_head=target_head,
         vocab=vocab,
@@ -99,11 +99,11 @@ def fused_token_stats(
         learns=torch.is_grad_enabled(),
         summary=target_summary,
     )
-    if in_forward is not None and in_forward.reads_mean_alpha and walk.num_chunks > 1:
-        walk = replace(walk, in_forward=None)
-    rows = _FusedStats.apply(walk, hidden, target_hidden, tokens, *walk.parameters)
+    if in_forward is not None and in_forward.reads_mean_alpha and chunks.num_chunks > 1:
+        chunks = replace(chunks, in_forward=None)
+    rows = _FusedStats.apply(chunks, hidden, target_hidden, tokens, *chunks.parameters)
     mask = mask.to(hidden.device, non_blocking=True)
-    placed = {name: walk.served.place(value, mask) for name, value in zip(_names(walk), rows, strict=True)}
+    placed = {name: chunks.served.place(value, mask) for name, value in zip(_names(chunks), rows, strict=True)}
     return TokenStats(mask=mask, **placed)
 
 
@@ -112,13 +112,13 @@ def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def row_functions(walk: ChunkWalk, device: torch.device) -> ModuleType:
-    """What happens to a chunk's logits: ``fused_rows``, or of statistics in float32 on a GPU, ``fused_triton``."""
-    if device.type != "cuda" or walk.dtype != torch.float32 or walk.row_value is not None or not _has_triton():
-        return fused_rows
-    from lkspec.losses.fused import triton_rows as fused_triton  # triton is not for every machine
+def row_functions(chunks: Chunks, device: torch.device) -> ModuleType:
+    """What happens to a chunk's logits: ``torch_rows``, or of statistics in float32 on a GPU, ``triton_rows``."""
+    if device.type != "cuda" or chunks.dtype != torch.float32 or chunks.row_value is not None or not _has_triton():
+        return torch_rows
+    from lkspec.losses.fused import triton_rows  # triton is not for every machine
 
-    return fused_triton
+    return triton_rows
 
 
 @cache
@@ -129,17 +129,17 @@ def _has_triton() -> bool:
     return found
 
 
-def _names(walk: ChunkWalk) -> tuple[str, ...]:
+def _names(chunks: Chunks) -> tuple[str, ...]:
     """The statistics in the order of the function's outputs."""
-    form_b = () if walk.row_value is None else ("row_value",)
-    return (*_STATS, *form_b) if walk.in_forward is None else (*_STATS, *form_b, "value")
+    form_b = () if chunks.row_value is None else ("row_value",)
+    return (*_STATS, *form_b) if chunks.in_forward is None else (*_STATS, *form_b, "value")
 
 
-def _differentiable(walk: ChunkWalk) -> tuple[str, ...]:
+def _differentiable(chunks: Chunks) -> tuple[str, ...]:
     """Those that carry gradients."""
-    if walk.in_forward is not None:
+    if chunks.in_forward is not None:
         return ("value",)
-    return _DIFFERENTIABLE if walk.row_value is None else (*_DIFFERENTIABLE, "row_value")
+    return _DIFFERENTIABLE if chunks.row_value is None else (*_DIFFERENTIABLE, "row_value")
 
 
 class _FusedStats(torch.autograd.Function):
@@ -148,84 +148,90 @@ class _FusedStats(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        walk: ChunkWalk,
+        chunks: Chunks,
         hidden: Float[Tensor, "K B T H"],
         target_hidden: Float[Tensor, "B T Ht"],
         tokens: Int[Tensor, "B T"],
         *parameters: Tensor,
     ) -> tuple[Float[Tensor, "K R"], ...]:
-        names = _names(walk)
-        results = {name: hidden.new_empty(walk.served.needed.shape, dtype=walk.dtype) for name in names}
+        names = _names(chunks)
+        results = {name: hidden.new_empty(chunks.served.needed.shape, dtype=chunks.dtype) for name in names}
         log_coverage = torch.empty_like(results["kl"][0])
-        gradients = _gradients(ctx, walk, hidden) if walk.learns and walk.in_forward is not None else None
-        with torch.autocast(hidden.device.type, enabled=False):  # the walk has chosen the precision
-            on_rows = row_functions(walk, hidden.device)
-            run = ChunkPass(walk, hidden, target_hidden, columns=walk.summary is not None)
-            for rows in walk.chunks():
-                target = _read_target(on_rows, walk, run, rows)
+        gradients = _gradients(ctx, chunks, hidden) if chunks.learns and chunks.in_forward is not None else None
+        with torch.autocast(hidden.device.type, enabled=False):  # ``Chunks`` has chosen the precision
+            on_rows = row_functions(chunks, hidden.device)
+            run = ChunkPass(chunks, hidden, target_hidden, columns=chunks.summary is not None)
+            for rows in chunks.slices():
+                target = _read_target(on_rows, chunks, run, rows)
                 log_coverage[rows] = target.log_coverage
-                text = tokens.flatten()[walk.served.rows[rows] + 1]
+                text = tokens.flatten()[chunks.served.rows[rows] + 1]
                 for depth, logits in run.draft_logits(rows, gradients):
                     stats = on_rows.row_stats(
-                        logits, target, text, walk.vocab, run.scratch, walk.row_value, leave_probs=gradients is not None
+                        logits,
+                        target,
+                        text,
+                        chunks.vocab,
+                        run.scratch,
+                        chunks.row_value,
+                        leave_probs=gradients is not None,
                     )
-                    if walk.in_forward is not None:
-                        values, slopes = walk.in_forward.slopes(stats, depth, walk.served.needed[depth, rows])
+                    if chunks.in_forward is not None:
+                        values, slopes = chunks.in_forward.slopes(stats, depth, chunks.served.needed[depth, rows])
                         if gradients is not None:
-                            on_rows.d_logits(logits, target, stats, slopes, run.scratch, walk.row_value)
+                            on_rows.d_logits(logits, target, stats, slopes, run.scratch, chunks.row_value)
                         stats["value"] = values
                     for name in names:
                         results[name][depth, rows] = stats[name]
-        ctx.walk, ctx.gradients = walk, gradients
+        ctx.chunks, ctx.gradients = chunks, gradients
         ctx.set_materialize_grads(False)  # statistics that the loss does not use cost nothing in backward
-        if walk.in_forward is None:
+        if chunks.in_forward is None:
             ctx.save_for_backward(hidden, target_hidden, results["log_alpha"], results["reverse_kl"], log_coverage)
-        ctx.mark_non_differentiable(*(results[name] for name in names if name not in _differentiable(walk)))
+        ctx.mark_non_differentiable(*(results[name] for name in names if name not in _differentiable(chunks)))
         return tuple(results[name] for name in names)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Float[Tensor, "K R"] | None) -> tuple[Tensor | None, ...]:
-        walk: ChunkWalk = ctx.walk
-        by_name = {name: slope for name, slope in zip(_names(walk), upstream, strict=True) if slope is not None}
-        if walk.in_forward is not None:
-            return _outputs(ctx.gradients, walk.in_forward.factor(by_name["value"], walk.served.needed))
+        chunks: Chunks = ctx.chunks
+        by_name = {name: slope for name, slope in zip(_names(chunks), upstream, strict=True) if slope is not None}
+        if chunks.in_forward is not None:
+            return _outputs(ctx.gradients, chunks.in_forward.factor(by_name["value"], chunks.served.needed))
         hidden, target_hidden, log_alpha, reverse_kl, log_coverage = ctx.saved_tensors
-        gradients = _gradients(ctx, walk, hidden)
+        gradients = _gradients(ctx, chunks, hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            on_rows = row_functions(walk, hidden.device)
-            run = ChunkPass(walk, hidden, target_hidden, columns=not walk.target_filter.is_on)
-            for rows in walk.chunks():
-                if walk.target_filter.is_on:
-                    target = _read_target(on_rows, walk, run, rows)
+            on_rows = row_functions(chunks, hidden.device)
+            run = ChunkPass(chunks, hidden, target_hidden, columns=not chunks.target_filter.is_on)
+            for rows in chunks.slices():
+                if chunks.target_filter.is_on:
+                    target = _read_target(on_rows, chunks, run, rows)
                 else:
                     target = on_rows.read_target_columns(
-                        run.target_logits(rows), log_coverage[rows], run.scratch, keep_probs=len(walk.heads) > 1
+                        run.target_logits(rows), log_coverage[rows], run.scratch, keep_probs=len(chunks.heads) > 1
                     )
                 for depth, logits in run.draft_logits(rows, gradients):
                     stats = {"log_alpha": log_alpha[depth, rows], "reverse_kl": reverse_kl[depth, rows]}
                     # Zero at rows that the depth does not need: ``place`` lets no gradient through to them.
                     slopes = {name: slope[depth, rows] for name, slope in by_name.items()}
-                    on_rows.d_logits(logits, target, stats, slopes, run.scratch, walk.row_value)
+                    on_rows.d_logits(logits, target, stats, slopes, run.scratch, chunks.row_value)
         return _outputs(gradients)
 
 
-def _read_target(on_rows: ModuleType, walk: ChunkWalk, run: ChunkPass, rows: slice) -> Any:
+def _read_target(on_rows: ModuleType, chunks: Chunks, run: ChunkPass, rows: slice) -> Any:
     """The target's side of a chunk: on a CPU without its logits, where the draft vocabulary leaves most of them out."""
-    options: dict[str, Any] = {"keep_probs": len(walk.heads) > 1}
-    if walk.summary is not None:
-        return on_rows.read_target_inside(run.target_logits(rows), walk.summary_of(rows), run.scratch, **options)
-    wide = walk.vocab.is_full or walk.target_filter.is_on or products_span_depths(walk.served.rows.device)
-    if wide or on_rows is not fused_rows:
-        return on_rows.read_target(run.target_logits(rows), walk.vocab, walk.target_filter, run.scratch, **options)
+    options: dict[str, Any] = {"keep_probs": len(chunks.heads) > 1}
+    if chunks.summary is not None:
+        return on_rows.read_target_inside(run.target_logits(rows), chunks.summary_of(rows), run.scratch, **options)
+    wide = chunks.vocab.is_full or chunks.target_filter.is_on or products_span_depths(chunks.served.rows.device)
+    if wide or on_rows is not torch_rows:
+        return on_rows.read_target(run.target_logits(rows), chunks.vocab, chunks.target_filter, run.scratch, **options)
     return on_rows.read_target_pieces(
-        run.target_pieces(rows), rows.stop - rows.start, walk.vocab, run.scratch, **options
+        run.target_pieces(rows), rows.stop - rows.start, chunks.vocab, run.scratch, **options
     )
 
 
-def _gradients(ctx: Any, walk: ChunkWalk, hidden: Float[Tensor, "K B T H"]) -> HeadGradients:
+def _gradients(ctx: Any, chunks: Chunks, hidden: Float[Tensor, "K B T H"]) -> HeadGradients:
     _, needs_hidden, _, _, *needs_parameters = ctx.needs_input_grad
-    return HeadGradients(hidden, walk.heads, walk.parameters, needs_hidden, needs_parameters)
+    return HeadGradients(hidden, chunks.heads, chunks.parameters, needs_hidden, needs_parameters)
 
 
 def _outputs(gradients: HeadGradients, factor: Tensor | None = None) -> tuple[Tensor | None, ...]:

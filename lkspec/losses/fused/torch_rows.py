@@ -1,4 +1,4 @@
-"""What ``fused_linear`` does with one chunk of rows: from products with a head to statistics, and back to slopes.
+"""What ``token_stats`` does with one chunk of rows: from products with a head to statistics, and back to slopes.
 
 The numbers are those of ``divergences``, the definition; here they are made for speed on a CPU. Rows are taken in
 blocks that fit the cache, one exponential a logit, and overlaps are summed as probabilities rather than in the log

@@ -1,6 +1,6 @@
-"""Triton kernels over rows of logits: what ``fused_triton`` launches.
+"""Triton kernels over rows of logits: what ``triton_rows`` launches.
 
-A row belongs to one program, so nothing is added up by atomics and equal inputs give equal bits. The program walks over
+A row belongs to one program, so nothing is added up by atomics and equal inputs give equal bits. The program reads
 its row in tiles of 16-byte loads and keeps its sums lane by lane; warps meet once a pass. The passes:
 
     1. peak, normaliser and argmax of the draft      (the target's, in a kernel of its own, serve all depths)

@@ -1,4 +1,4 @@
-"""The row functions of ``fused_rows`` on a GPU: a chunk's logits, as cuBLAS left them, through ``triton_kernels``."""
+"""The row functions of ``torch_rows`` on a GPU: a chunk's logits, as cuBLAS left them, through ``triton_kernels``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def default_tile(width: int) -> Tile:
     return Tile(rows, lanes, max(1, rows * lanes // 32))
 
 
-class TargetRows(NamedTuple):
+class KernelTarget(NamedTuple):
     """The target's side of rows, shared by all depths.
 
     Attributes:
@@ -50,7 +50,7 @@ class TargetRows(NamedTuple):
     top1: Int[Tensor, " R"]
 
 
-class RowStats(dict[str, Tensor]):
+class KernelStats(dict[str, Tensor]):
     """Statistics by name, and in ``rows`` what passes 1 and 2 found, which spares ``d_logits`` both."""
 
     rows: Float[Tensor, "10 R"]
@@ -64,7 +64,7 @@ def read_target(
     *,
     keep_probs: bool = False,
     tile: Tile | None = None,
-) -> TargetRows:
+) -> KernelTarget:
     """As ``target_rows.read_target``, but p is never kept; a full draft vocabulary leaves the logits where they are."""
     values, scale = _readable(logits)
     if target_filter.is_on:
@@ -73,7 +73,7 @@ def read_target(
     state, top1 = _read(values, columns, scale, vocab.ids, tile)
     _, mass, offset = state
     log_coverage = torch.zeros_like(mass) if vocab.is_full else (mass.log2() - offset) / LOG2_E.value
-    return TargetRows(columns, scale, state, log_coverage, top1)
+    return KernelTarget(columns, scale, state, log_coverage, top1)
 
 
 def read_target_inside(
@@ -83,14 +83,14 @@ def read_target_inside(
     *,
     keep_probs: bool = False,
     tile: Tile | None = None,
-) -> TargetRows:
+) -> KernelTarget:
     """As ``target_rows.read_target_inside``."""
     values, scale = _readable(logits)
     state, _ = _read(values, values, scale, None, tile)
     shift, mass, offset = state
     # Not below the normaliser of what is inside: coverage is at most 1, whatever precision the other was made in.
     torch.maximum(offset, summary.log_normaliser * LOG2_E.value - shift, out=offset)
-    return TargetRows(values, scale, state, (mass.log2() - offset) / LOG2_E.value, summary.argmax)
+    return KernelTarget(values, scale, state, (mass.log2() - offset) / LOG2_E.value, summary.argmax)
 
 
 def read_target_columns(
@@ -100,19 +100,19 @@ def read_target_columns(
     *,
     keep_probs: bool = False,
     tile: Tile | None = None,
-) -> TargetRows:
+) -> KernelTarget:
     """As ``target_rows.read_target_columns``."""
     values, scale = _readable(logits)
     state, top1 = _read(values, values, scale, None, tile)
     unreachable = log_coverage.isneginf()
     state[1].masked_fill_(unreachable, 0.0)
     state[2] -= log_coverage.masked_fill(unreachable, 0.0) * LOG2_E.value
-    return TargetRows(values, scale, state, log_coverage, top1)
+    return KernelTarget(values, scale, state, log_coverage, top1)
 
 
 def row_stats(
     logits: Logits,
-    target: TargetRows,
+    target: KernelTarget,
     tokens: Int[Tensor, " R"],
     vocab: DraftVocab,
     scratch: Scratch,
@@ -120,10 +120,10 @@ def row_stats(
     *,
     leave_probs: bool = False,
     tile: Tile | None = None,
-) -> RowStats:
+) -> KernelStats:
     """The statistics as ``divergences.logit_stats`` defines them; leaves the logits as they are."""
     values, scale = _readable(logits)
-    stats = RowStats()
+    stats = KernelStats()
     stats.rows = _compare(values, scale, target, tile, text=(tokens, vocab))
     stats |= dict(zip(("kl", "reverse_kl", "log_alpha"), stats.rows[:3], strict=True))
     stats |= dict(zip(("accept_prob", "top1", "hit"), stats.rows[7:], strict=True))
@@ -133,7 +133,7 @@ def row_stats(
 
 def d_logits(
     logits: Logits,
-    target: TargetRows,
+    target: KernelTarget,
     stats: dict[str, Float[Tensor, " R"]],
     slopes: dict[str, Float[Tensor, " R"]],
     scratch: Scratch,
@@ -151,7 +151,7 @@ def d_logits(
     zeros = torch.zeros_like(target.log_coverage)
     stacked = torch.stack([slopes.get(name, zeros) for name in ("kl", "reverse_kl", "log_alpha")])
     has_reverse = "reverse_kl" in slopes
-    if isinstance(stats, RowStats):
+    if isinstance(stats, KernelStats):
         num_rows, width = values.shape
         tile = tile or default_tile(width)
         slopes_kernel[(triton.cdiv(num_rows, tile.rows),)](
@@ -202,7 +202,7 @@ def _read(
 def _compare(
     values: Float[Tensor, "R D"],
     scale: float,
-    target: TargetRows,
+    target: KernelTarget,
     tile: Tile | None,
     *,
     text: tuple[Int[Tensor, " R"], DraftVocab] | None = None,

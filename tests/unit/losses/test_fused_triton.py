@@ -37,7 +37,7 @@ from torch import Tensor
 
 from lkspec.losses.divergences import LOG_ZERO, logit_stats
 from lkspec.losses.fused import token_stats as fused_linear
-from lkspec.losses.fused import torch_rows as fused_rows
+from lkspec.losses.fused import torch_rows
 from lkspec.losses.fused.scratch import Scratch
 from lkspec.losses.fused.target_rows import Logits
 from lkspec.losses.objectives import LKAlpha, LKLambda, Objective, jensen_shannon, reduce_loss
@@ -73,7 +73,7 @@ def place(request: pytest.FixtureRequest) -> Place:
 @pytest.fixture
 def chosen(place: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
     """``fused_token_stats`` runs on the Triton functions, whatever the device."""
-    monkeypatch.setattr(fused_linear, "row_functions", lambda walk, device: place.rows)
+    monkeypatch.setattr(fused_linear, "row_functions", lambda chunks, device: place.rows)
     return place
 
 
@@ -404,20 +404,20 @@ def test_kernels_compile_for_hopper_without_one():
     assert done.returncode == 0, done.stderr.decode()
 
 
-# Which functions a walk takes.
+# Which functions chunks go through.
 
 
-def walk_like(dtype: torch.dtype = torch.float32, row_value: object = None) -> Any:
+def chunks_like(dtype: torch.dtype = torch.float32, row_value: object = None) -> Any:
     return SimpleNamespace(dtype=dtype, row_value=row_value)
 
 
 @needs_triton
 def test_a_gpu_takes_triton_for_what_its_kernels_know():
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert fused_linear.row_functions(walk_like(), gpu).__name__.endswith("fused_triton")
-    assert fused_linear.row_functions(walk_like(), cpu) is fused_rows
-    assert fused_linear.row_functions(walk_like(torch.float64), gpu) is fused_rows
-    assert fused_linear.row_functions(walk_like(row_value=jensen_shannon), gpu) is fused_rows
+    assert fused_linear.row_functions(chunks_like(), gpu).__name__.endswith("triton_rows")
+    assert fused_linear.row_functions(chunks_like(), cpu) is torch_rows
+    assert fused_linear.row_functions(chunks_like(torch.float64), gpu) is torch_rows
+    assert fused_linear.row_functions(chunks_like(row_value=jensen_shannon), gpu) is torch_rows
 
 
 def test_a_gpu_without_triton_says_so_once(monkeypatch: pytest.MonkeyPatch):
@@ -425,9 +425,9 @@ def test_a_gpu_without_triton_says_so_once(monkeypatch: pytest.MonkeyPatch):
     fused_linear._has_triton.cache_clear()
     try:
         with pytest.warns(UserWarning, match="triton is not installed"):
-            assert fused_linear.row_functions(walk_like(), torch.device("cuda")) is fused_rows
+            assert fused_linear.row_functions(chunks_like(), torch.device("cuda")) is torch_rows
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert fused_linear.row_functions(walk_like(), torch.device("cuda")) is fused_rows
+            assert fused_linear.row_functions(chunks_like(), torch.device("cuda")) is torch_rows
     finally:
         fused_linear._has_triton.cache_clear()

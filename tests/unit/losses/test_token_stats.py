@@ -150,7 +150,7 @@ def test_more_depths_than_slots():
     assert (stats.log_alpha != 0).sum() == 1
 
 
-def test_row_value_runs_in_the_same_walk():
+def test_row_value_runs_over_the_same_chunks():
     case = make_case()
     stats = case.stats(row_value=JensenShannon().row_value, chunk_size=4)
     expected = torch.zeros_like(stats.kl)
