@@ -17,14 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lkspec.app.application import entry_point, resolved
 from lkspec.app.sweeps import read_journal
-from lkspec.reporting.counts import Series, read_series
-from lkspec.reporting.intervals import Counts, Estimate, estimate, paired_gain
+from lkspec.reporting.counts import read_series
+from lkspec.reporting.intervals import Estimate
+from lkspec.reporting.layout import Layout
+from lkspec.reporting.tables import build_table
 from lkspec.reporting.terminal import console, table
 from lkspec.runs.folder import RunFolder
 
@@ -40,23 +41,6 @@ class Side:
     name: str
     overrides: tuple[str, ...]
     log: Path
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What one measure says of the challenger and the base."""
-
-    measure: str
-    base: Estimate
-    challenger: Estimate
-    gain: Estimate
-
-    @property
-    def text(self) -> str:
-        """better, worse, or not resolved with the smallest effect that would have been."""
-        if self.gain.excludes_zero:
-            return "better" if self.gain.value > 0 else "worse"
-        return f"not resolved (smallest visible effect {self.gain.half_width:.4f})"
 
 
 @entry_point("duel")
@@ -84,7 +68,7 @@ def main(config: DictConfig) -> None:
         for role, name, own in (("base", config.base, ()), ("challenger", challenger, arguments))
     ]
     base, other = _trained(sides)
-    print_verdicts(verdicts(base, other), base=config.base, challenger=" ".join([challenger, *arguments]))
+    print_duel(base, other, names=(config.base, " ".join([challenger, *arguments])))
 
 
 def _trained(sides: Sequence[Side]) -> list[list[RunFolder]]:
@@ -117,73 +101,40 @@ def _started(side: Side, journal: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
-def verdicts(base: Sequence[RunFolder], challenger: Sequence[RunFolder]) -> list[Verdict]:
-    """Walk tau on each held-out temperature and alpha at every depth of the T = 1 answers, paired by seed and answer.
-
-    Args:
-        base, challenger: runs of the same seeds, with the same held-out answers.
+def print_duel(base: Sequence[RunFolder], challenger: Sequence[RunFolder], *, names: tuple[str, str]) -> None:
+    """Walk tau at each held-out temperature and alpha at every depth of the T = 1 answers, paired by seed and answer.
 
     Raises:
-        ValueError: seeds or held-out answers of the two sides differ.
+        ValueError: the two sides have no seed or no held-out answer in common; as ``build_table``.
     """
-    found = []
-    for measure, offset in (("walk", 1.0), ("alpha", 0.0)):
-        ours, theirs = (_by_setting(read_series(runs, measure)) for runs in (challenger, base))
-        num_depths = max(depth for _, depth in ours)
-        for temperature, depth in sorted(ours, key=lambda key: (-key[0], key[1])):
-            if measure == "walk" and depth == num_depths:
-                label = f"walk tau, T = {temperature:g}, K = {depth}"
-            elif measure == "alpha" and temperature == 1:
-                label = f"alpha at depth {depth}"
-            else:
-                continue
-            one, other = _paired(ours[temperature, depth], theirs.get((temperature, depth), []))
-            estimates = {"base": estimate([other], offset=offset), "challenger": estimate([one], offset=offset)}
-            found.append(Verdict(label, **estimates, gain=paired_gain([one], [other])))
-    return found
-
-
-def _by_setting(series: Sequence[Series]) -> dict[tuple[float, int], list[Series]]:
-    """Series by temperature and depth (of the walk: the number of drafted tokens)."""
-    found: dict[tuple[float, int], list[Series]] = {}
-    for one in series:
-        depth = one.get("depth") or one.get("num_draft_tokens")
-        found.setdefault((one.get("temperature"), depth), []).append(one)
-    return found
-
-
-def _paired(first: Sequence[Series], second: Sequence[Series]) -> tuple[Counts, Counts]:
-    both = [sorted(side, key=lambda series: series.get("seed")) for side in (first, second)]
-    seeds = [[series.get("seed") for series in side] for side in both]
-    texts = {series.groups for side in both for series in side}
-    if seeds[0] != seeds[1] or len(texts) != 1:
-        raise ValueError(
-            f"the two sides cannot be paired: seeds {seeds[0]} and {seeds[1]}, {len(texts)} sets of held-out answers"
+    labels = [read_series(side, "walk")[0].get("objective") for side in (base, challenger)]
+    rows, gain = [], None
+    for value, columns, where in (
+        ("walk", ["temperature", "num_draft_tokens"], {"num_draft_tokens": "max"}),
+        ("alpha", ["depth"], {"temperature": 1}),
+    ):
+        found = build_table(
+            [*base, *challenger],
+            Layout(rows=["objective"], columns=columns, value=value, where=where, baseline=labels[0]),
         )
-    one, other = (
-        Counts(np.stack([series.numerator for series in side]), np.stack([series.denominator for series in side]))
-        for side in both
-    )
-    return one, other
+        sides = {row.labels[0]: row.cells for row in found.rows}
+        for column, ours, theirs in zip(found.columns, sides[labels[1]], sides[labels[0]], strict=True):
+            gain = ours.gain
+            if gain is None or ours.estimate is None or theirs.estimate is None:
+                raise ValueError("the two sides cannot be paired: they have no seed with the same held-out answers")
+            place = ", ".join(f"{key} {text}" for key, text in zip(columns, column, strict=True))
+            numbers = (f"{theirs.estimate.value:.4f}", f"{ours.estimate.value:.4f}", f"{gain.value:+.4f}")
+            rows.append((f"{value}, {place}", *numbers, f"{gain.low:+.4f} to {gain.high:+.4f}", _verdict(gain)))
+    assert gain is not None, "every trained draft has a depth"
+    title = f"{names[1]} against {names[0]}: {gain.num_seeds} seeds, {gain.num_groups} held-out answers per temperature"
+    table(title, ("measure", *names, "difference", "95 % interval", "verdict"), rows, left=("measure", "verdict"))
 
 
-def print_verdicts(found: Sequence[Verdict], *, base: str, challenger: str) -> None:
-    """The comparison as a table, with what it rests on."""
-    gain = found[0].gain
-    title = f"{challenger} against {base}: {gain.num_seeds} seeds, {gain.num_groups} held-out answers a temperature"
-    names = ("measure", base, challenger, "difference", "95 % interval", "verdict")
-    cells = [
-        [
-            one.measure,
-            f"{one.base.value:.4f}",
-            f"{one.challenger.value:.4f}",
-            f"{one.gain.value:+.4f}",
-            f"{one.gain.low:+.4f} to {one.gain.high:+.4f}",
-            one.text,
-        ]
-        for one in found
-    ]
-    table(title, names, cells, left=("measure", "verdict"))
+def _verdict(gain: Estimate) -> str:
+    """Better, worse, or not resolved with the smallest effect that would have been."""
+    if gain.excludes_zero:
+        return "better" if gain.value > 0 else "worse"
+    return f"not resolved (smallest visible effect {gain.half_width:.4f})"
 
 
 if __name__ == "__main__":

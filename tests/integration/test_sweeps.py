@@ -230,7 +230,7 @@ def test_a_duel_says_what_it_can_and_keeps_the_base(lkspec_cli, tmp_path):
     outcome = lkspec_cli("duel", "loss=lk_alpha", *parts)
     assert outcome.code == 0, outcome.err + Path("runs/duel/base.log").read_text()
     assert "lk_alpha against kl: 2 seeds, 6 held-out answers" in outcome.out
-    for measure in ("walk tau, T = 1, K = 2", "alpha at depth 1", "alpha at depth 2"):
+    for measure in ("walk, temperature 1, num_draft_tokens 2", "alpha, depth 1", "alpha, depth 2"):
         (line,) = [line for line in outcome.out.splitlines() if measure in line]
         assert any(verdict in line for verdict in ("better", "worse", "not resolved"))
     assert len(folders("runs/duel")) == 4
