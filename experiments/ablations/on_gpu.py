@@ -20,9 +20,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lkspec.files import write_text
 from lkspec.runs.folder import list_runs
@@ -41,17 +42,13 @@ BEYOND = ("expected_length", "greedy_mixed", "temperature_mixed", "expected_leng
 # it has one draft, and one seed, whose runs are compared in pairs; slow drafts have two of them a seed.
 SWEEPS = (
     *((draft, (seed,), MAIN) for draft in ("eagle3", "mtp") for seed in range(3)),
-    *(("mlp", (seed,), (*MAIN, "lk_lambda_eta_10", "lk_lambda_fixed", "lk_lambda_eta_1")) for seed in range(3)),
-    *(("medusa", (seed,), (*MAIN, "lk_lambda_eta_3", "lk_lambda_fixed", "lk_lambda_eta_1")) for seed in range(3)),
-    *(
-        (draft, (seed,), ("lk_lambda_eta_10", "lk_lambda_fixed", "lk_lambda_eta_1"))
-        for draft in ("eagle3", "mtp")
-        for seed in range(3)
-    ),
+    *((draft, (seed,), (*MAIN, "lk_lambda_fixed")) for draft in ("mlp", "medusa") for seed in range(3)),
+    *((draft, (seed,), ("lk_lambda_fixed",)) for draft in ("eagle3", "mtp") for seed in range(3)),
     *((draft, (seed,), BEYOND) for draft in ("mlp", "eagle3", "medusa") for seed in range(3)),
 )
 SHARPNESS = "1,1.125,1.25,1.5"
 OTHER_RATES = {"eagle3": "1e-3,4e-3", "mlp": "2e-3,8e-3", "medusa": "2e-3,8e-3", "mtp": "1e-3,4e-3"}  # for kl
+OTHER_ETAS = {"eagle3": "1,10", "mlp": "1,10", "medusa": "1,3", "mtp": "1,10"}  # for lk_lambda, beside the paper's
 
 
 @dataclass(frozen=True)
@@ -151,13 +148,17 @@ def lr(options: argparse.Namespace) -> list[Lane]:
 
 
 def train(options: argparse.Namespace) -> list[Lane]:
-    """Every objective for every draft and seed."""
+    """Every objective for every draft and seed, then lk_lambda at other etas."""
     lanes = []
     for draft, seeds, objectives in SWEEPS:
         if draft in options.only:
             name = f"{draft}-{objectives[0]}-s{''.join(map(str, seeds))}"
             chosen = (f"seed={','.join(map(str, seeds))}", f"loss={','.join(objectives)}")
             lanes.append(sweep(name, f"draft={draft}", *DRAFTS[draft], *chosen))
+    for draft in options.only:
+        for seed in range(3):
+            chosen = (f"seed={seed}", "loss=lk_lambda", f"loss.eta={OTHER_ETAS[draft]}")
+            lanes.append(sweep(f"{draft}-eta-s{seed}", f"draft={draft}", *DRAFTS[draft], *chosen))
     return lanes
 
 
@@ -175,7 +176,7 @@ def decode(options: argparse.Namespace) -> list[Lane]:
 
 def _on_runs(verb: str, options: argparse.Namespace, *settings: str) -> list[Lane]:
     """``lkspec VERB`` of the finished runs of the main objectives, each process having its share of them."""
-    runs = [run for run in list_runs(RUNS) if run.is_finished and run.config["names"]["loss"] in MAIN]
+    runs = [run for run in list_runs(RUNS) if run.is_finished and _is_main(run.config)]
     chosen = [
         run for run in runs if run.config["names"]["draft"] in options.only and run.config["seed"] in options.seeds
     ]
@@ -188,6 +189,12 @@ def _on_runs(verb: str, options: argparse.Namespace, *settings: str) -> list[Lan
         for number, share in enumerate(shares)
         if share
     ]
+
+
+def _is_main(config: Mapping[str, Any]) -> bool:
+    """Of the main objectives, with the paper's eta where there is one."""
+    paper_eta = config["draft"]["paper_eta"]
+    return config["names"]["loss"] in MAIN and config["loss"].get("eta", paper_eta) == paper_eta
 
 
 def main() -> None:

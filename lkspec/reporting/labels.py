@@ -29,7 +29,7 @@ def sort_key(text: str) -> tuple[Any, ...]:
 
 
 def objective_label(loss: str, arguments: Mapping[str, Any]) -> str:
-    """The loss with what its arguments set, unless its name says so: ``lk_lambda_eta_3``, ``lk_lambda_fixed_0.5``.
+    """The loss with what its arguments set: ``lk_lambda_eta_3``, ``lk_lambda_fixed_0.5``.
 
     Of an objective that wraps another, the other's class: ``greedy_mixed_LKAlpha_share_0.2``.
     """
@@ -39,10 +39,9 @@ def objective_label(loss: str, arguments: Mapping[str, Any]) -> str:
             continue
         if isinstance(value, Mapping) and "_target_" in value:
             inner = {name: setting for name, setting in value.items() if name != "_target_"}
-            said = f"_{objective_label(value['_target_'].rpartition('.')[2], inner)}"
+            text += f"_{objective_label(value['_target_'].rpartition('.')[2], inner)}"
         else:
-            said = f"_{label(value)}" if key == "fixed_lambda" else f"_{key}_{label(value)}"
-        text += "" if text.endswith(said) else said
+            text += f"_{label(value)}" if key == "fixed_lambda" else f"_{key}_{label(value)}"
     return text
 
 

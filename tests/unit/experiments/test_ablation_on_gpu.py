@@ -94,6 +94,23 @@ def test_every_sweep_is_of_drafts_and_objectives_that_are_there(on_gpu):
         assert draft in on_gpu.DRAFTS
         assert set(objectives) <= losses
         assert seeds
-    assert on_gpu.OTHER_RATES.keys() == on_gpu.DRAFTS.keys()
+    assert on_gpu.OTHER_RATES.keys() == on_gpu.OTHER_ETAS.keys() == on_gpu.DRAFTS.keys()
     trained = {(draft, objective) for draft, _, objectives in on_gpu.SWEEPS for objective in objectives}
     assert {(draft, objective) for draft in on_gpu.DRAFTS for objective in on_gpu.MAIN} <= trained
+
+
+def test_every_lane_of_training_has_a_log_of_its_own(on_gpu):
+    lanes = on_gpu.train(argparse.Namespace(only=list(on_gpu.DRAFTS)))
+    assert len({lane.name for lane in lanes}) == len(lanes)
+    others = next(lane.command for lane in lanes if lane.name == "medusa-eta-s1")
+    assert {"draft=medusa", "seed=1", "loss=lk_lambda", "loss.eta=1,3"} <= set(others)
+
+
+def test_only_the_papers_eta_counts_as_main(on_gpu):
+    def config(loss: str, **arguments: float) -> dict:
+        return {"names": {"loss": loss}, "draft": {"paper_eta": 3.0}, "loss": arguments}
+
+    assert on_gpu._is_main(config("lk_lambda", eta=3.0))
+    assert on_gpu._is_main(config("tv"))
+    assert not on_gpu._is_main(config("lk_lambda", eta=10.0))
+    assert not on_gpu._is_main(config("expected_length_lambda", eta=3.0))

@@ -223,7 +223,6 @@ def test_masked_sums():
         ("jsd", "jsd"),
         ("expected_length", "expected_length"),
         ("expected_length_lambda", "expected_length_lambda(eta=10)"),
-        ("lk_lambda_eta_1", "lk_lambda(eta=1, adaptive)"),
         ("filter_aware", "filter_aware(lk_alpha, top_k=0, top_p=0.9)"),
         ("temperature_mixed", "temperature_mixed(lk_alpha, T=0.3..1)"),
         ("greedy_mixed", "greedy_mixed(lk_alpha, share=0.2)"),
