@@ -12,8 +12,8 @@ from lkspec.files import write_text
 from lkspec.reporting.counts import find_runs
 from lkspec.reporting.figure_style import save
 from lkspec.reporting.figures import lines_figure
-from lkspec.reporting.formats import RENDERERS
 from lkspec.reporting.layout import Layout
+from lkspec.reporting.renderers import RENDERERS
 from lkspec.reporting.series import flat
 from lkspec.reporting.tables import build_table
 from lkspec.reporting.terminal import errors

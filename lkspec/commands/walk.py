@@ -20,7 +20,7 @@ from lkspec.measure.tokens import measure_tokens
 from lkspec.measure.walk import walk_answers
 from lkspec.reporting.layout import Layout
 from lkspec.reporting.measured import print_sharpness
-from lkspec.reporting.renderers import rich_table
+from lkspec.reporting.renderers.text import show
 from lkspec.reporting.tables import build_table
 from lkspec.reporting.terminal import say
 from lkspec.runs.walk_rows import WalkRow
@@ -45,7 +45,7 @@ def main(config: DictConfig) -> None:
     run.folder.add_walk(rows)
     if sharpness == [1.0]:
         layout = Layout(rows=["draft", "objective"], columns=["temperature"], value="walk")
-        rich_table.show(build_table([run.folder], layout))
+        show(build_table([run.folder], layout))
     else:
         print_sharpness(run.folder, {row.key for row in rows}, max(row.depth for row in rows))
 

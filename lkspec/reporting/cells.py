@@ -1,4 +1,4 @@
-"""One cell of a table: which series belong together, what must not be mixed, the estimate and the paired gain."""
+"""One cell of a table: which series belong together, what must not be mixed, and their counts side by side."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from lkspec.reporting.intervals import Counts
 from lkspec.reporting.labels import label
 from lkspec.reporting.series import Series
+from lkspec.runs.keys import Kind, kind
 
 #: What a number depends on besides the recipe and the seed: a cell holds one value of each.
 SETTINGS = (
@@ -24,26 +25,18 @@ SETTINGS = (
     "engine",
     "protocol",
 )
-# Keys of the configuration that change nothing about the trained draft, and those that differ between seeds.
-_NOT_RECIPE = (
-    "seed", "data.seed", "names.", "run_root", "run_dir", "on_existing", "eta_source", "resume", "plan",
-    "unroll.", "logger.", "callbacks.",
-    "benchmark.", "evaluation.", "states_dir", "states_memory_gb", "data.num_workers", "data.val", "target.device",
-    "loss_options.chunk_size", "loss_options.recompute", "trainer.accelerator", "trainer.devices", "trainer.strategy",
-    "trainer.num_nodes", "trainer.val_check_interval", "trainer.check_val_every_n_epoch", "trainer.limit_val_batches",
-    "trainer.num_sanity_val_steps", "trainer.log_every_n_steps", "trainer.enable_",
-)  # fmt: skip
 
 
-def recipe(series: Series) -> dict[str, str]:
+def recipe(series: Series) -> dict[str, Any]:
     """What decides the draft that a run ends with, but for the seed: its configuration without machine and output."""
-    return {key: label(value) for key, value in series.config.items() if not key.startswith(_NOT_RECIPE)}
+    config = series.config.items()
+    return {key: value for key, value in config if kind(key) == Kind.TRAINED and key not in ("seed", "data.seed")}
 
 
-def differences(one: Mapping[str, str], other: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Keys in which two recipes (or protocols) differ, with both values."""
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Keys in which two recipes (or protocols) differ, with the labels of both values."""
     keys = sorted({*one, *other})
-    found = {key: (one.get(key, "absent"), other.get(key, "absent")) for key in keys}
+    found = {key: (label(one.get(key, "absent")), label(other.get(key, "absent"))) for key in keys}
     return {key: pair for key, pair in found.items() if pair[0] != pair[1]}
 
 
@@ -54,14 +47,13 @@ def check_cell(series: Sequence[Series], place: str, *, averaged: str | None = N
         ValueError: series of different settings or recipes, or two runs of one seed; says which key tells them apart
             and how to separate or choose.
     """
-    free = {"seed", "run", "steps", averaged, *(("protocol",) if averaged == "benchmark" else ())}
     for key in SETTINGS:
         values = sorted({label(one.get(key)) for one in series})
-        if key in free or len(values) == 1:
+        if len(values) == 1 or key == averaged or (key, averaged) == ("protocol", "benchmark"):
             continue
         if key == "protocol":
             one, other = series[0], next(s for s in series if s.get("protocol") != series[0].get("protocol"))
-            pairs = differences(_labels(one.get(key)), _labels(other.get(key)))
+            pairs = differences(one.get(key), other.get(key))
             raise ValueError(
                 f"{place}: measured under different protocols, which cannot be averaged: {_listing(pairs)} (runs "
                 f"{one.run.name} and {other.run.name}); narrow runs=, measure again with `lkspec evaluate`, or choose "
@@ -75,7 +67,7 @@ def check_cell(series: Sequence[Series], place: str, *, averaged: str | None = N
 
 
 def _check_seeds(series: Sequence[Series], place: str, averaged: str | None) -> None:
-    first: dict[tuple[str, ...], Series] = {}
+    first: dict[tuple[str, str], Series] = {}
     for one in series:
         pairs = differences(recipe(series[0]), recipe(one))
         if pairs:
@@ -83,7 +75,7 @@ def _check_seeds(series: Sequence[Series], place: str, averaged: str | None) -> 
                 f"{place}: runs {series[0].run.name} and {one.run.name} differ in {_listing(pairs)}; add "
                 f"{next(iter(pairs))} to rows or columns, choose with '+where.{_choice(pairs)}', or narrow runs="
             )
-        key = (label(one.get("seed")), label(one.get(averaged)) if averaged else "")
+        key = (label(one.get("seed")), _stratum(one, averaged))
         if other := first.get(key):
             raise ValueError(
                 f"{place}: two results of seed {key[0]} with the same recipe, {other.run.name} and {one.run.name}: "
@@ -92,24 +84,25 @@ def _check_seeds(series: Sequence[Series], place: str, averaged: str | None) -> 
         first[key] = one
 
 
+def _stratum(series: Series, averaged: str | None) -> str:
+    return label(series.get(averaged)) if averaged else ""
+
+
 def aligned(sides: Sequence[Sequence[Series]], *, averaged: str | None = None) -> list[list[Counts]]:
     """Counts of each side by stratum, over the seeds that all sides have and the same prompts in the same order.
 
     A prompt without any round is not in a run's rounds; it counts 0 there.
     """
     seeds = common_seeds(sides)
-    strata = sorted({label(one.get(averaged)) if averaged else "" for one in sides[0]})
     result: list[list[Counts]] = [[] for _ in sides]
-    for stratum in strata:
-        chosen = [
-            {one.get("seed"): one for one in side if (label(one.get(averaged)) if averaged else "") == stratum}
-            for side in sides
-        ]
-        everyone = [by_seed[seed] for by_seed in chosen for seed in seeds]
+    for stratum in sorted({_stratum(one, averaged) for one in sides[0]}):
+        by_seed = [{one.get("seed"): one for one in side if _stratum(one, averaged) == stratum} for side in sides]
+        chosen = [[side[seed] for seed in seeds] for side in by_seed]
+        everyone = [one for side in chosen for one in side]
         grouped = all(one.groups for one in everyone)
         groups = list(dict.fromkeys(group for one in everyone for group in one.groups)) if grouped else []
-        for counts, by_seed in zip(result, chosen, strict=True):
-            counts.append(_counts([by_seed[seed] for seed in seeds], groups, grouped))
+        for counts, side in zip(result, chosen, strict=True):
+            counts.append(_counts(side, groups))
     return result
 
 
@@ -118,16 +111,15 @@ def common_seeds(sides: Sequence[Sequence[Series]]) -> list[Any]:
     return sorted(set.intersection(*({one.get("seed") for one in side} for side in sides)))
 
 
-def _counts(series: Sequence[Series], groups: Sequence[str], grouped: bool) -> Counts:
-    if not grouped:
-        sums = [(one.numerator.sum(keepdims=True), one.denominator.sum(keepdims=True)) for one in series]
-        return Counts(np.array([n for n, _ in sums]), np.array([d for _, d in sums]), grouped=False)
-    numerator, denominator = np.zeros((2, len(series), len(groups)))
+def _counts(series: Sequence[Series], groups: Sequence[str]) -> Counts:
+    """Counts over some groups; of the whole when there are none."""
+    numerator, denominator = np.zeros((2, len(series), len(groups) or 1))
     place = {group: index for index, group in enumerate(groups)}
     for row, one in enumerate(series):
-        columns = [place[group] for group in one.groups]
-        numerator[row, columns], denominator[row, columns] = one.numerator, one.denominator
-    return Counts(numerator, denominator)
+        columns = [place[group] for group in one.groups] if groups else 0
+        numerator[row, columns] = one.numerator if groups else one.numerator.sum()
+        denominator[row, columns] = one.denominator if groups else one.denominator.sum()
+    return Counts(numerator, denominator, grouped=bool(groups))
 
 
 def protocols_differ(first: Iterable[Series], second: Iterable[Series]) -> str | None:
@@ -135,13 +127,16 @@ def protocols_differ(first: Iterable[Series], second: Iterable[Series]) -> str |
     theirs = {label(one.get("benchmark")): one for one in second}
     for one in first:
         other = theirs.get(label(one.get("benchmark")))
-        if other is not None and (pairs := differences(_labels(one.get("protocol")), _labels(other.get("protocol")))):
+        if other is not None and (pairs := differences(one.get("protocol"), other.get("protocol"))):
             return _listing(pairs)
     return None
 
 
-def _labels(values: Mapping[str, Any]) -> dict[str, str]:
-    return {key: label(value) for key, value in values.items()}
+def recipes_differ(series: Series, baseline: Series) -> str | None:
+    """What sets a series apart from its baseline besides the objective, in words; None where nothing does."""
+    pairs = differences(recipe(baseline), recipe(series))
+    others = [f"{key} {theirs} -> {ours}" for key, (theirs, ours) in pairs.items() if not key.startswith("loss.")]
+    return ", ".join(others[:6]) or None
 
 
 def _listing(pairs: Mapping[str, tuple[str, str]]) -> str:

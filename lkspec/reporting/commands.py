@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from lkspec.reporting.counts import HELD_OUT
 from lkspec.reporting.labels import label, published_overrides
@@ -17,6 +16,7 @@ _MEASURED = {
     "num_draft_tokens": "num_draft_tokens",
     "sharpness": "sharpness",
 }
+_BY_ITSELF: tuple[tuple[str, list[str]], ...] = (("sharpness", ["1"]), ("benchmark", []))  # what need not be said
 _GROUPS = ("draft", "target", "loss", "objective")
 
 
@@ -25,69 +25,49 @@ class Commands:
 
     def __init__(self, series: Sequence[Series]) -> None:
         self._series = series
-        self._evaluations: dict[str, dict[str, list[str]]] = {}
-        self._alone: set[str] = set()
-        self._sharpened: dict[str, dict[str, None]] = {}  # the walks of a command
-        self._numbers: dict[str, int] = {}
-        self._trainings: dict[str, str] = {}
+        self._options: dict[tuple[str, ...], dict[str, list[str]]] = {}  # of each command, its lists of values
 
     def add(self, place: Mapping[str, str], measure: str) -> tuple[int, ...]:
         """Numbers of the commands that fill a place, given as key -> label; none when no command can."""
         recipe = {key: value for key, value in place.items() if key not in (*_MEASURED, "depth", "engine", "value")}
-        trained = {one.run.name: one for one in self._series if _agrees(one, recipe)}
+        fitting = (one for one in self._series if all(label(one.get(key)) == value for key, value in recipe.items()))
+        trained = {one.run.name: one for one in fitting}
         if not trained:
-            return (self._train(recipe),)
-        benchmarks = {place.get("benchmark") or one.get("benchmark") for one in trained.values()}
+            return (self._number(self._training(recipe), {}),)
         if place.get("temperature") == "0" and place.get("sharpness", "1") != "1":
             return ()  # nothing that differs from sharpness 1
-        if benchmarks == {HELD_OUT}:
-            return self._walks(trained, place.get("sharpness", "1"))
-        return tuple(self._evaluate(one, place, measure) for one in trained.values())
+        if {place.get("benchmark") or one.get("benchmark") for one in trained.values()} != {HELD_OUT}:
+            return tuple(self._evaluation(one, place, measure) for one in trained.values())
+        if (sharpness := place.get("sharpness", "1")) == "1":
+            return ()  # this walk belongs to training
+        paths = dict.fromkeys(str(one.run.path) for one in self._series if one.run.name in trained)
+        walks = (("lkspec", "walk", f"run={path}") for path in paths)
+        return tuple(self._number(walk, {"sharpness": [sharpness]}) for walk in walks)
 
     @property
     def texts(self) -> tuple[str, ...]:
         """The commands, in the order of their numbers."""
-        return tuple(self._trainings.get(key) or self._walk(key) or self._evaluation(key) for key in self._numbers)
+        return tuple(
+            shlex.join([*command, *(_option(*option) for option in options.items() if option not in _BY_ITSELF)])
+            for command, options in self._options.items()
+        )
 
-    def _number(self, key: str) -> int:
-        return self._numbers.setdefault(key, len(self._numbers) + 1)
+    def _number(self, command: tuple[str, ...], values: Mapping[str, Sequence[str]]) -> int:
+        """The number of a command, which from now on also asks for these values."""
+        options = self._options.setdefault(command, {})
+        for name, wanted in values.items():
+            options[name] = list(dict.fromkeys([*options.get(name, []), *wanted]))
+        return list(self._options).index(command) + 1
 
-    def _walks(self, runs: Iterable[str], sharpness: str) -> tuple[int, ...]:
-        """Walks of finished runs with another sharpness; all others belong to training."""
-        if sharpness == "1":
-            return ()
-        paths = dict.fromkeys(str(one.run.path) for one in self._series if one.run.name in runs)
-        keys = [shlex.join(["lkspec", "walk", f"run={path}"]) for path in paths]
-        for key in keys:
-            self._sharpened.setdefault(key, {})[sharpness] = None
-        return tuple(map(self._number, keys))
-
-    def _evaluate(self, series: Series, place: Mapping[str, str], measure: str) -> int:
-        path = str(series.run.path)
-        asked = self._evaluations.setdefault(path, {key: [] for key in _MEASURED})
+    def _evaluation(self, series: Series, place: Mapping[str, str], measure: str) -> int:
+        values = {option: [place.get(key) or label(series.get(key))] for key, option in _MEASURED.items()}
+        values["benchmark"] = [name for name in values["benchmark"] if name != HELD_OUT]
         if measure == "speedup":
-            self._alone.add(path)
-        for key, values in asked.items():
-            value = place.get(key) or label(series.get(key))
-            if value not in values and value != HELD_OUT:
-                values.append(value)
-        return self._number(path)
+            values["batch_size"] = ["1"]  # the target is only timed beside single requests
+        return self._number(("lkspec", "evaluate", f"run={series.run.path}"), values)
 
-    def _walk(self, key: str) -> str | None:
-        powers = self._sharpened.get(key)
-        return None if powers is None else " ".join([key, shlex.quote(f"sharpness=[{','.join(powers)}]")])
-
-    def _evaluation(self, path: str) -> str:
-        asked = {key: values for key, values in self._evaluations[path].items() if values}
-        if asked.get("sharpness") == ["1"]:
-            del asked["sharpness"]  # what it is by itself
-        lists = [f"{_MEASURED[key]}=[{','.join(values)}]" for key, values in asked.items()]
-        alone = ["batch_size=1"] if path in self._alone else []  # the target is only timed beside single requests
-        return shlex.join(["lkspec", "evaluate", f"run={path}", *lists, *alone])
-
-    def _train(self, recipe: Mapping[str, str]) -> int:
-        key = " ".join(f"{name}={value}" for name, value in sorted(recipe.items()))
-        number = self._number(key)
+    def _training(self, recipe: Mapping[str, str]) -> tuple[str, ...]:
+        """What trains a recipe: the overrides of the run nearest to it, changed."""
         model = max(self._series, key=lambda one: sum(label(one.get(name)) == recipe[name] for name in recipe))
         overrides = [text for text in model.run.overrides if not text.startswith(("on_existing=", "resume="))]
         for name, value in recipe.items():
@@ -99,8 +79,7 @@ class Commands:
         if "seed" not in recipe:
             overrides = _overridden(overrides, [f"seed={','.join(seeds)}"])
         sweep = ["-m"] if len(seeds) > 1 and "seed" not in recipe else []
-        self._trainings[key] = shlex.join(["lkspec", "train", *sweep, *overrides])
-        return number
+        return ("lkspec", "train", *sweep, *overrides)
 
     def _objective(self, objective: str) -> list[str]:
         """The overrides that train an objective: what a run with it was given, which a name alone may not tell."""
@@ -112,6 +91,10 @@ class Commands:
         return [f"loss={known.get('loss')}", *(f"{key}={label(value)}" for key, value in given.items())]
 
 
+def _option(name: str, values: Sequence[str]) -> str:
+    return f"{name}={values[0]}" if name == "batch_size" else f"{name}=[{','.join(values)}]"
+
+
 def _overridden(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:
     """Overrides with some keys set anew; a new choice of a group drops what was set inside the old one."""
     keys = [change.partition("=")[0] for change in changes]
@@ -119,10 +102,6 @@ def _overridden(overrides: Sequence[str], changes: Sequence[str]) -> list[str]:
     kept = [
         text
         for text in overrides
-        if (key := text.partition("=")[0].lstrip("+~")) not in keys and not (dropped and key.startswith(dropped))
+        if (key := text.partition("=")[0].lstrip("+~")) not in keys and not key.startswith(dropped)
     ]
     return [*kept, *changes]
-
-
-def _agrees(series: Series, wanted: Mapping[str, Any]) -> bool:
-    return all(label(series.get(key)) == value for key, value in wanted.items())

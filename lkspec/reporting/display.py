@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
+from lkspec.reporting.figure_style import png
 from lkspec.reporting.model import Table
 from lkspec.reporting.renderers.html_page import fragment
 
@@ -28,9 +28,7 @@ class Picture:
     figure: Figure
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="png", dpi=100)
-        return buffer.getvalue()
+        return png(self.figure, dpi=100)
 
 
 def shown(table: Table) -> Html:

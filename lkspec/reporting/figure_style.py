@@ -5,6 +5,7 @@ Colours are Okabe and Ito's, told apart by readers with any colour vision; marke
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,7 +75,14 @@ def draw_line(
     axes.vlines(x, low, high, color=look["color"], linewidth=1.2)
 
 
+def png(figure: Figure, **options: Any) -> bytes:
+    """The content of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", **options)
+    return buffer.getvalue()
+
+
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG, atomically."""
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+        temporary.write_bytes(png(figure))

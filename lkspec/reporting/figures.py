@@ -21,8 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lkspec.reporting.figure_style import DPI, GREY, STYLE, WIDTH_INCHES, draw_line, line_colour, line_marker, panels
-from lkspec.reporting.model import OURS, Row, Table
-from lkspec.reporting.renderers.text import column_name
+from lkspec.reporting.model import OURS, Table, TableRow
 
 _LABEL_CHARACTERS = 45  # of a line of the vertical label
 _ASIDE = 0.04  # from one line to the next, as a share of the smallest step of the last column key
@@ -50,7 +49,7 @@ def lines_figure(table: Table) -> Figure:
     groups = list(dict.fromkeys(column[:-1] for column in table.columns))
     ordered = sorted(set(places))
     step = min((after - before for before, after in pairwise(ordered)), default=1.0)
-    titles = [", ".join(column_name(k, t) for k, t in zip(table.column_keys, group, strict=False)) for group in groups]
+    titles = [", ".join(table.column_names(group)) for group in groups]
     with panels(titles) as (figure, grid):
         for axes, group in zip(grid, groups, strict=True):
             chosen = [index for index, column in enumerate(table.columns) if column[:-1] == group]
@@ -82,7 +81,7 @@ def _tick_labels(ticks: Sequence[float], inches: float) -> list[str]:
     return labels
 
 
-def _looks(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _looks(rows: Sequence[TableRow]) -> list[dict[str, Any]]:
     """Colours by the first row key and markers by the others; both by the one of them that alone tells rows apart."""
     firsts = list(dict.fromkeys(row.labels[:1] for row in rows))
     rests = list(dict.fromkeys(row.labels[1:] for row in rows))
@@ -101,7 +100,7 @@ def gains_figure(table: Table) -> Figure | None:
     rows = [row for row in table.rows if row.source == OURS and any(cell.gain is not None for cell in row.cells)]
     if not rows:
         return None
-    names = [", ".join(column_name(k, t) for k, t in zip(table.column_keys, c, strict=True)) for c in table.columns]
+    names = [", ".join(table.column_names(column)) for column in table.columns]
     with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
         height = 0.7 + 0.24 * len(rows) * len(names) + 0.45 * len(rows)
         figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI / 2, layout="constrained")

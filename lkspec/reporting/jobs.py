@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lkspec.reporting.of_sweep import sweep_table
-from lkspec.reporting.renderers import rich_table
+from lkspec.reporting.renderers.text import show
 from lkspec.reporting.terminal import say, table
 
 Job = Mapping[str, Any]
@@ -48,7 +48,7 @@ def print_measured(jobs: Sequence[Job]) -> None:
         say(f"no table of these jobs: {error}")
         return
     if found is not None:
-        rich_table.show(found.table)
+        show(found.table)
         say("the same in other ways (format=png out=picture.png, say):")
         say(found.command)
 

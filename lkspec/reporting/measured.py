@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 
+from rich.text import Text
+
 from lkspec.measure.metrics import paired_difference_interval
 from lkspec.reporting.terminal import console, say, table
 from lkspec.runs.folder import RunFolder
@@ -62,11 +64,9 @@ def print_sharpness(folder: RunFolder, keys: Collection[str], num_draft_tokens: 
             place[row["key"]] = (row["accepted"], row["rounds"])
     temperatures, powers = ({key[place]: None for key in sorted(counts)} for place in (0, 1))
     names = ["s", *(f"T = {temperature:g}" for temperature in temperatures)]
-    cells = [
-        [f"{power:g}", *(_cell(counts, temperature, power) for temperature in temperatures)] for power in sorted(powers)
-    ]
+    cells = [[f"{power:g}", *(_cell(counts, place, power) for place in temperatures)] for power in sorted(powers)]
     console.print(f"walk with q^s, renormalised, in place of q, K = {num_draft_tokens}", highlight=False)
-    table(None, names, cells)
+    table(None, names, [[Text.from_markup(text) for text in row] for row in cells])
     say(
         "`lkspec report value=walk rows=[draft,objective,sharpness]` joins runs; "
         "`lkspec export sharpness=s` writes such a draft"

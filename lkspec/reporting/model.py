@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import dataclass
 
 import pandas as pd
 
@@ -34,8 +35,8 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
-    """Labels of a row, one a row key; ``source`` is ``ours`` or ``paper``."""
+class TableRow:
+    """Labels of a row, one for each row key; ``source`` is ``ours`` or ``paper``."""
 
     labels: tuple[str, ...]
     source: str
@@ -48,7 +49,7 @@ class Table:
 
     Attributes:
         row_keys, column_keys: what the labels of rows and columns are values of.
-        columns: labels of each column, one a column key.
+        columns: labels of each column, one for each column key.
         digits: behind the point.
         caption: sentences about everything in the table.
         commands: what fills the missing cells.
@@ -58,49 +59,55 @@ class Table:
     row_keys: tuple[str, ...]
     column_keys: tuple[str, ...]
     columns: tuple[tuple[str, ...], ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     digits: int
     caption: tuple[str, ...] = ()
-    commands: tuple[str, ...] = field(default=())
+    commands: tuple[str, ...] = ()
 
-    def digits_of(self, row: Row) -> int:
+    def digits_of(self, row: TableRow) -> int:
         """Behind the point; the paper gives two."""
         return min(self.digits, 2) if row.source == PAPER else self.digits
 
     @property
-    def has_paper(self) -> bool:
-        """Whether any row is the paper's."""
+    def row_header(self) -> list[str]:
+        """The names above ``row_labels``."""
+        return [*self.row_keys, *(["source"] if self._has_paper else [])]
+
+    def row_labels(self, row: TableRow) -> list[str]:
+        """Labels of a row, and where its numbers come from when the table also shows the paper's."""
+        return [*row.labels, *([row.source] if self._has_paper else [])]
+
+    @property
+    def _has_paper(self) -> bool:
         return any(row.source == PAPER for row in self.rows)
 
+    def column_names(self, column: tuple[str, ...]) -> list[str]:
+        """The labels of a column, or its first; bare numbers say what they are."""
+        forms = {"temperature": "T = {}", "num_draft_tokens": "K = {}", "depth": "depth {}"}
+        return [forms.get(key, "{}").format(text) for key, text in zip(self.column_keys, column, strict=False)]
+
+    def head(self) -> list[list[tuple[str, int]]]:
+        """A line for each column key: names, and how many columns each stands over (in the last line one)."""
+        levels = range(1, len(self.column_keys) + 1)
+        lines = (itertools.groupby(column[:level] for column in self.columns) for level in levels)
+        return [[(self.column_names(labels)[-1], len(list(group))) for labels, group in line] for line in lines]
+
     def frame(self) -> pd.DataFrame:
-        """A row a cell, every number of it."""
+        """A row for each cell, with every number of it."""
         lines = []
         for row in self.rows:
             for column, cell in zip(self.columns, row.cells, strict=True):
                 place = dict(zip((*self.row_keys, *self.column_keys), (*row.labels, *column), strict=True))
-                lines.append({**place, "source": row.source, **_numbers(cell, self.commands)})
+                numbers = {
+                    **{name: getattr(cell.estimate, name, None) for name in ("value", "low", "high")},
+                    "gain": getattr(cell.gain, "value", None),
+                    "gain_low": getattr(cell.gain, "low", None),
+                    "gain_high": getattr(cell.gain, "high", None),
+                    "resolved": cell.is_resolved,
+                    "num_seeds": getattr(cell.estimate, "num_seeds", None),
+                    "num_prompts": getattr(cell.estimate, "num_groups", None),
+                    "runs": " ".join(cell.runs),
+                    "missing": " && ".join(self.commands[number - 1] for number in cell.missing),
+                }
+                lines.append({**place, "source": row.source, **numbers})
         return pd.DataFrame(lines)
-
-    def pivot(self) -> pd.DataFrame:
-        """The estimates alone, in the table's own layout."""
-        index = pd.MultiIndex.from_tuples([(*row.labels, row.source) for row in self.rows], names=[*self.row_keys, ""])
-        columns = pd.MultiIndex.from_tuples(list(self.columns), names=list(self.column_keys))
-        values = [[None if cell.estimate is None else cell.estimate.value for cell in row.cells] for row in self.rows]
-        return pd.DataFrame(values, index=index, columns=columns, dtype=float)
-
-
-def _numbers(cell: Cell, commands: tuple[str, ...]) -> dict[str, object]:
-    estimate, gain = cell.estimate, cell.gain
-    return {
-        "value": None if estimate is None else estimate.value,
-        "low": None if estimate is None else estimate.low,
-        "high": None if estimate is None else estimate.high,
-        "gain": None if gain is None else gain.value,
-        "gain_low": None if gain is None else gain.low,
-        "gain_high": None if gain is None else gain.high,
-        "resolved": cell.is_resolved,
-        "num_seeds": None if estimate is None else estimate.num_seeds,
-        "num_prompts": None if estimate is None else estimate.num_groups,
-        "runs": " ".join(cell.runs),
-        "missing": " && ".join(commands[number - 1] for number in cell.missing),
-    }

@@ -7,35 +7,24 @@ origin say so in the column ``source``. Benchmarks are whole; the paper gives ne
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lkspec.reporting.labels import label
+import pandas as pd
 
 CITATION = "Samarin et al. 2026, arXiv 2602.23881"
 PUBLIC = "public checkpoint"  # the origin of drafts that the authors measured but did not train
 KEYS = ("target", "draft", "objective", "benchmark", "temperature", "num_draft_tokens")
 _FILE = Path(__file__).with_name("paper_results.csv")
-_MEASURES = {"tau": "acceptance_length", "speedup": "speedup"}
-
-
-@dataclass(frozen=True)
-class PaperNumber:
-    """One number: its settings as labels, who made the draft, and the measure (``tau`` or ``speedup``)."""
-
-    settings: Mapping[str, str]
-    origin: str
-    measure: str
-    value: float
+_COLUMNS = {"tau": "acceptance_length", "speedup": "speedup"}
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """The numbers of one table, those of no table when the name is None."""
+    """Rows of ``paper_results.csv`` as text, whose settings are labels; none when no table is asked for."""
 
-    numbers: tuple[PaperNumber, ...] = ()
+    rows: pd.DataFrame
 
     @classmethod
     def read(cls, name: str | None, keys: Sequence[str]) -> PaperTable:
@@ -44,47 +33,34 @@ class PaperTable:
         Raises:
             ValueError: no such table, or a key that its numbers have not.
         """
+        rows = pd.read_csv(_FILE, dtype=str, keep_default_na=False)
         if name is None:
-            return cls()
+            return cls(rows[:0])
         if unknown := [key for key in keys if key not in KEYS]:
             raise ValueError(
                 f"paper={name}: its numbers have no {', '.join(unknown)}; take rows and columns from {', '.join(KEYS)}"
             )
-        with _FILE.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        chosen = [row for row in rows if str(name) in row["table"].split(",")]
-        if not chosen:
-            names = sorted({part for row in rows for part in row["table"].split(",")})
-            raise ValueError(f"paper: expected one of {', '.join(map(repr, names))}, got {name!r}")
-        return cls(
-            tuple(
-                PaperNumber({key: row[key] for key in KEYS}, row["source"], measure, float(row[column]))
-                for row in chosen
-                for measure, column in _MEASURES.items()
-                if row[column]
-            )
-        )
+        tables = rows["table"].str.split(",")
+        chosen = rows[[str(name) in names for names in tables]]
+        if chosen.empty:
+            known = sorted(set(tables.explode()))
+            raise ValueError(f"paper: expected one of {', '.join(map(repr, known))}, got {name!r}")
+        return cls(chosen)
 
     def labels(self, keys: Sequence[str]) -> list[tuple[str, ...]]:
         """The different labels of some keys."""
-        return list(dict.fromkeys(tuple(number.settings[key] for key in keys) for number in self.numbers))
+        rows = [] if self.rows.empty else self.rows[list(keys)].itertuples(index=False, name=None)
+        return list(dict.fromkeys(rows))
 
     def recipes(self, keys: Sequence[str]) -> list[dict[str, str]]:
         """What the authors trained, as far as ``keys`` tell it apart; the target is not part of it."""
         wanted = [key for key in keys if key in ("draft", "objective")]
-        own = [number for number in self.numbers if number.origin != PUBLIC]
-        return [dict(t) for t in dict.fromkeys(tuple((key, n.settings[key]) for key in wanted) for n in own)]
+        return self.rows.loc[self.rows["source"] != PUBLIC, wanted].drop_duplicates().to_dict("records")
 
     def value(self, settings: Mapping[str, str], measure: str) -> float | None:
         """The number at some settings, the mean where they leave several benchmarks."""
-        found = [
-            number.value
-            for number in self.numbers
-            if number.measure == measure and all(number.settings[key] == text for key, text in settings.items())
-        ]
+        if measure not in _COLUMNS or self.rows.empty:
+            return None
+        here = (self.rows[list(settings)] == list(settings.values())).all(axis=1)
+        found = [float(text) for text in self.rows.loc[here, _COLUMNS[measure]] if text]
         return sum(found) / len(found) if found else None
-
-    def depths(self) -> str:
-        """K of its drafts, in words."""
-        by_draft = dict.fromkeys((n.settings["draft"], label(n.settings["num_draft_tokens"])) for n in self.numbers)
-        return ", ".join(f"{draft} {depth}" for draft, depth in by_draft)

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lkspec.reporting.captions import Pair, caption
-from lkspec.reporting.cells import aligned, check_cell, common_seeds, protocols_differ
+from lkspec.reporting.captions import caption
+from lkspec.reporting.cells import aligned, check_cell, common_seeds, protocols_differ, recipes_differ
 from lkspec.reporting.commands import Commands
 from lkspec.reporting.counts import read_series
 from lkspec.reporting.grid import Labels, table_columns, table_rows
 from lkspec.reporting.intervals import Estimate, estimate, paired_gain
 from lkspec.reporting.labels import label
 from lkspec.reporting.layout import Layout, chosen
-from lkspec.reporting.model import OURS, PAPER, Cell, Row, Table
+from lkspec.reporting.model import OURS, PAPER, Cell, Table, TableRow
 from lkspec.reporting.paper import PaperTable
 from lkspec.reporting.series import Series
 from lkspec.runs.folder import RunFolder
@@ -42,10 +42,10 @@ def build_table(runs: Sequence[RunFolder], layout: Layout) -> Table:
     rows = []
     for labels in all_labels:
         if labels in wanted:
-            rows.append(Row(labels, OURS, tuple(filler.cell(labels, column) for column in columns)))
+            rows.append(TableRow(labels, OURS, tuple(filler.cell(labels, column) for column in columns)))
         numbers = tuple(filler.paper_cell(labels, column) for column in columns)
         if any(cell.estimate is not None for cell in numbers):
-            rows.append(Row(labels, PAPER, numbers))
+            rows.append(TableRow(labels, PAPER, numbers))
     table = Table(
         title=layout.title or f"{', '.join(layout.values)} by {', '.join(layout.rows)}",
         row_keys=tuple(layout.rows),
@@ -55,7 +55,7 @@ def build_table(runs: Sequence[RunFolder], layout: Layout) -> Table:
         digits=layout.digits,
         commands=filler.commands.texts,
     )
-    return replace(table, caption=caption(table, layout, filler.shown, filler.pairs, paper))
+    return replace(table, caption=caption(table, layout, filler.shown, filler.apart, paper))
 
 
 class _Filler:
@@ -66,7 +66,7 @@ class _Filler:
     ) -> None:
         self.layout, self.paper, self.commands = layout, paper, commands
         self.shown: list[Series] = []
-        self.pairs: list[Pair] = []
+        self.apart: dict[str, None] = {}  # how rows differ from their baselines, each sentence once
         self._series = {value: _by_labels(group) for value, group in series.items()}
         self._by_place: dict[tuple[str, tuple[str, ...]], dict[Labels, list[Series]]] = {}
 
@@ -96,10 +96,10 @@ class _Filler:
                 f"{name}: measured under another protocol than its baseline {', '.join(base)}: {told}; measure one of "
                 "them again with `lkspec evaluate`, narrow runs=, or leave baseline out"
             )
-        self.pairs.append(Pair(labels, base, members, others))
-        return replace(
-            cell, gain=paired_gain(*aligned([members, others], averaged=averaged), confidence=self.layout.confidence)
-        )
+        if told := recipes_differ(members[0], others[0]):
+            self.apart[f"{', '.join(labels)} differs from {', '.join(base)} also in {told}."] = None
+        pair = aligned([members, others], averaged=averaged)
+        return replace(cell, gain=paired_gain(*pair, confidence=self.layout.confidence))
 
     def paper_cell(self, labels: Labels, column: Labels) -> Cell:
         """The paper's number, and how far it lies above the paper's baseline."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 console, errors = Console(), Console(stderr=True)
 for _console in (console, errors):
@@ -30,7 +31,7 @@ def facts(texts: Mapping[str, str]) -> None:
 
 
 def table(
-    title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection[str] = ()
+    title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, left: Collection[str] = ()
 ) -> None:
     """Prints a table; columns are aligned to the right but for those named in ``left``."""
     shown = Table(title=title, title_justify="left")
@@ -38,7 +39,7 @@ def table(
         shown.add_column(name, justify="left" if name in left else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row)
-    console.print(shown)
+    console.print(shown, markup=False)
 
 
 @contextmanager

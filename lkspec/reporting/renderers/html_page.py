@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
-import io
-import itertools
+from collections.abc import Sequence
 
+from lkspec.reporting.figure_style import png
 from lkspec.reporting.figures import gains_figure
-from lkspec.reporting.model import PAPER, Cell, Row, Table
-from lkspec.reporting.renderers.text import column_name, missing, number, row_header, row_labels
+from lkspec.reporting.model import PAPER, Cell, Table, TableRow
+from lkspec.reporting.renderers.text import missing, number
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 96rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -28,16 +28,13 @@ li { margin: .2rem 0; } pre { background: #f6f6f6; padding: .7rem; overflow-x: a
 """
 
 
-def render(table: Table) -> str:
+def html_page(table: Table) -> str:
     """The page; pictures are inside it and nothing is loaded."""
     figure = gains_figure(table)
-    picture = ""
+    picture = commands = ""
     if figure is not None:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        data = base64.b64encode(buffer.getvalue()).decode()
+        data = base64.b64encode(png(figure)).decode()
         picture = f'<h2>Gains</h2><img alt="gains over the baseline" src="data:image/png;base64,{data}">'
-    commands = ""
     if table.commands:
         numbered = (f"{html.escape(text)}  # [{index}]" for index, text in enumerate(table.commands, start=1))
         commands = f"<h2>Missing cells, and what fills them</h2><pre>{chr(10).join(numbered)}</pre>"
@@ -66,16 +63,13 @@ def fragment(table: Table) -> str:
 
 
 def _head(table: Table) -> str:
-    """A line a column key; equal neighbours share a cell, except in the last line."""
     lines = []
-    for level, key in enumerate(table.column_keys):
-        last = level == len(table.column_keys) - 1
-        cells = "".join(f'<th class="row">{html.escape(name) if last else ""}</th>' for name in row_header(table))
-        for labels, group in itertools.groupby(column[: level + 1] for column in table.columns):
-            text, width = html.escape(column_name(key, labels[-1])), len(list(group))
-            cells += f"<th>{text}</th>" * width if last else f'<th class="group" colspan="{width}">{text}</th>'
-        lines.append(f"<tr>{cells}</tr>")
-    return "".join(lines)
+    *groups, last = table.head()
+    for line in groups:
+        over = "".join(f'<th class="group" colspan="{width}">{html.escape(name)}</th>' for name, width in line)
+        lines.append('<th class="row"></th>' * len(table.row_header) + over)
+    lines.append(_row_heads(table.row_header) + "".join(f"<th>{html.escape(name)}</th>" for name, _ in last))
+    return "".join(f"<tr>{line}</tr>" for line in lines)
 
 
 def _body(table: Table) -> str:
@@ -83,13 +77,16 @@ def _body(table: Table) -> str:
     for row in table.rows:
         classes = [*(["first"] if row.labels[0] != previous else []), *(["paper"] if row.source == PAPER else [])]
         previous = row.labels[0]
-        heads = "".join(f'<th class="row">{html.escape(text)}</th>' for text in row_labels(row, table))
         cells = "".join(_cell(cell, row, table.digits_of(row)) for cell in row.cells)
-        lines.append(f'<tr class="{" ".join(classes)}">{heads}{cells}</tr>')
+        lines.append(f'<tr class="{" ".join(classes)}">{_row_heads(table.row_labels(row))}{cells}</tr>')
     return "\n".join(lines)
 
 
-def _cell(cell: Cell, row: Row, digits: int) -> str:
+def _row_heads(texts: Sequence[str]) -> str:
+    return "".join(f'<th class="row">{html.escape(text)}</th>' for text in texts)
+
+
+def _cell(cell: Cell, row: TableRow, digits: int) -> str:
     if cell.estimate is None:
         return f'<td class="missing">{html.escape(missing(cell) if row.source != PAPER else "")}</td>'
     value, _, half = number(cell.estimate, digits).partition(" ")

@@ -1,20 +1,56 @@
-"""How numbers are written, in every format."""
+"""How numbers are written in every format, and the formats of plain text: Markdown and a terminal's."""
 
 from __future__ import annotations
 
 import math
 
+from lkspec.reporting import terminal
 from lkspec.reporting.intervals import Estimate
-from lkspec.reporting.model import Cell, Row, Table
+from lkspec.reporting.model import Cell, Table
 
 
-def number(estimate: Estimate, digits: int, *, signed: bool = False, plus_minus: str = "±") -> str:
+def number(estimate: Estimate, digits: int, *, signed: bool = False) -> str:
     """``1.386 ±0.012``; no interval where there is none."""
     value = f"{estimate.value:+.{digits}f}" if signed else f"{estimate.value:.{digits}f}"
-    return f"{value} {plus_minus}{estimate.half_width:.{digits}f}" if math.isfinite(estimate.half_width) else value
+    return f"{value} ±{estimate.half_width:.{digits}f}" if math.isfinite(estimate.half_width) else value
 
 
-def stacked(cell: Cell, digits: int, line_break: str) -> str:
+def missing(cell: Cell) -> str:
+    """What stands in an empty cell: the numbers of the commands that fill it."""
+    return f"missing [{', '.join(map(str, cell.missing))}]" if cell.missing else "-"
+
+
+def markdown(table: Table) -> str:
+    """GitHub's: a pipe table, its caption as a list, the commands as a code block."""
+    heads, rows = _texts(table, "<br>")
+    marks = ["---"] * len(table.row_header) + ["--:"] * len(table.columns)
+    lines = [f"**{table.title}**", "", _line(heads), f"|{'|'.join(marks)}|", *map(_line, rows)]
+    lines += ["", *(f"- {sentence}" for sentence in table.caption)]
+    if table.commands:
+        lines += ["", "Missing cells, and what fills them:", "", "```"]
+        lines += [f"{command}  # [{index}]" for index, command in enumerate(table.commands, start=1)]
+        lines.append("```")
+    return "\n".join(lines) + "\n"
+
+
+def show(table: Table) -> None:
+    """Prints a table and its caption."""
+    terminal.table(table.title, *_texts(table, "\n"), left=table.row_header)
+    for sentence in table.caption:
+        terminal.say(sentence)
+
+
+def _texts(table: Table, line_break: str) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of a table."""
+    heads = [*table.row_header, *(line_break.join(table.column_names(column)) for column in table.columns)]
+    rows = [
+        [*table.row_labels(row), *(_cell(cell, table.digits_of(row), line_break) for cell in row.cells)]
+        for row in table.rows
+    ]
+    return heads, rows
+
+
+def _cell(cell: Cell, digits: int, line_break: str) -> str:
     """An estimate with its gain below, between asterisks where that is resolved; or what stands in an empty cell."""
     if cell.estimate is None:
         return missing(cell)
@@ -25,21 +61,5 @@ def stacked(cell: Cell, digits: int, line_break: str) -> str:
     return f"{text}{line_break}{f'**{gain}**' if cell.is_resolved else gain}"
 
 
-def missing(cell: Cell) -> str:
-    """What stands in an empty cell: the numbers of the commands that fill it."""
-    return f"missing [{', '.join(map(str, cell.missing))}]" if cell.missing else "-"
-
-
-def row_labels(row: Row, table: Table) -> list[str]:
-    """Labels of a row, and where its numbers come from when the table also shows the paper's."""
-    return [*row.labels, *([row.source] if table.has_paper else [])]
-
-
-def row_header(table: Table) -> list[str]:
-    """The names above ``row_labels``."""
-    return [*table.row_keys, *(["source"] if table.has_paper else [])]
-
-
-def column_name(key: str, text: str) -> str:
-    """A column's label; bare numbers say what they are."""
-    return {"temperature": f"T = {text}", "num_draft_tokens": f"K = {text}", "depth": f"depth {text}"}.get(key, text)
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -6,12 +6,11 @@ import shlex
 
 import pytest
 from helpers.report_runs import make_run, make_study, walk_held_out
-from rich.console import Console
 
 from lkspec.reporting.counts import find_runs
 from lkspec.reporting.layout import Layout
 from lkspec.reporting.of_sweep import _rows, sweep_table
-from lkspec.reporting.renderers import rich_table
+from lkspec.reporting.renderers.text import show
 from lkspec.reporting.tables import build_table
 
 
@@ -62,13 +61,11 @@ def test_the_walk_comes_before_decoding_and_nothing_makes_no_table(tmp_path):
     assert sweep_table(folders[:1], overrides[:1]) is None
 
 
-def test_a_terminal_shows_gains_below_and_resolved_ones_as_bold(tmp_path):
+def test_a_terminal_shows_gains_below_and_resolved_ones_as_bold(tmp_path, capsys):
     runs = find_runs(str(make_study(tmp_path / "study") / "*"))
     table = build_table(runs, Layout(rows=["draft", "loss"], columns=["temperature"], value="walk", baseline="kl"))
-    console = Console(width=120, record=True)
-    for part in rich_table.render(table):
-        console.print(part, markup=False)
-    shown = console.export_text()
+    show(table)
+    shown = capsys.readouterr().out
     resolved = [cell for row in table.rows for cell in row.cells if cell.is_resolved]
     assert shown.count("**+") + shown.count("**-") == len(resolved)
     assert all(f"{cell.estimate.value:.3f}" in shown for row in table.rows for cell in row.cells if cell.estimate)

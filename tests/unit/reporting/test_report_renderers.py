@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from lkspec.reporting.figures import gains_figure, lines_figure
-from lkspec.reporting.formats import RENDERERS
 from lkspec.reporting.intervals import Estimate
-from lkspec.reporting.model import Cell, Row, Table
+from lkspec.reporting.model import Cell, Table, TableRow
+from lkspec.reporting.renderers import RENDERERS
 
 
 def estimate(value: float, half: float = math.nan) -> Estimate:
@@ -33,9 +33,9 @@ def table() -> Table:
         column_keys=("temperature", "num_draft_tokens"),
         columns=(("0", "1"), ("0", "2"), ("1", "2")),
         rows=(
-            Row(("mlp", "kl"), "ours", (Cell(estimate(1.3, 0.02)), Cell(estimate(1.29, 0.02)), gap)),
-            Row(("mlp", "lk_lambda"), "ours", (better, same, Cell(estimate(1.2)))),
-            Row(("mlp", "lk_lambda"), "paper", (Cell(None), Cell(estimate(3.39), estimate(0.21)), Cell(None))),
+            TableRow(("mlp", "kl"), "ours", (Cell(estimate(1.3, 0.02)), Cell(estimate(1.29, 0.02)), gap)),
+            TableRow(("mlp", "lk_lambda"), "ours", (better, same, Cell(estimate(1.2)))),
+            TableRow(("mlp", "lk_lambda"), "paper", (Cell(None), Cell(estimate(3.39), estimate(0.21)), Cell(None))),
         ),
         digits=3,
         caption=("K = 1, 2; 95% | ±.",),
@@ -131,14 +131,16 @@ def test_lines_run_over_the_last_column_key(table):
     assert asides == sorted(set(asides))
     assert max(map(abs, asides)) < 0.1
     assert [line.get_linestyle() for line in figure.axes[0].lines] == ["-", "-", "--"]
-    words = Table("t", ("loss",), ("benchmark",), (("gsm8k",),), (Row(("kl",), "ours", (Cell(estimate(1.0)),)),), 3)
+    words = Table(
+        "t", ("loss",), ("benchmark",), (("gsm8k",),), (TableRow(("kl",), "ours", (Cell(estimate(1.0)),)),), 3
+    )
     with pytest.raises(ValueError, match=r"must be numbers .* benchmark has gsm8k"):
         lines_figure(words)
 
 
 def test_lines_over_close_numbers_stand_aside_by_less_and_labels_do_not_touch():
     columns = tuple((draft, s) for draft in "abcd" for s in ("1", "1.125", "1.25", "1.5"))
-    rows = tuple(Row((loss,), "ours", (Cell(estimate(1.0)),) * 16) for loss in ("kl", "tv"))
+    rows = tuple(TableRow((loss,), "ours", (Cell(estimate(1.0)),) * 16) for loss in ("kl", "tv"))
     figure = lines_figure(Table("t", ("loss",), ("draft", "sharpness"), columns, rows, 3))
     first, second = (line.get_xdata() for line in figure.axes[0].lines)
     assert np.allclose((first + second) / 2, [1, 1.125, 1.25, 1.5])
@@ -156,4 +158,7 @@ def test_gains_are_drawn_with_their_intervals(table):
     assert [label.get_text() for label in axes.get_yticklabels()] == ["T = 0, K = 1", "T = 0, K = 2", "T = 1, K = 2"]
     spans = [segment[:, 0].tolist() for bars in axes.collections for segment in bars.get_segments()]
     assert spans == [pytest.approx([0.05, 0.15]), pytest.approx([-0.04, 0.06])]
-    assert gains_figure(Table("t", ("a",), ("b",), (("1",),), (Row(("x",), "ours", (Cell(estimate(1)),)),), 3)) is None
+    assert (
+        gains_figure(Table("t", ("a",), ("b",), (("1",),), (TableRow(("x",), "ours", (Cell(estimate(1)),)),), 3))
+        is None
+    )
