@@ -49,7 +49,6 @@ def _facts(run: TrainedRun, config: DictConfig) -> Facts:
         rows=run.folder.read_results(),
         license=config.license,
         sharpness=config.sharpness,
-        target_id=config.target_id,
     )
 
 

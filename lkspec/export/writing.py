@@ -33,6 +33,7 @@ class Export:
 
     path: Path
     layout: Layout
+    options: WriteOptions
     checks: tuple[str, ...]
     commands: tuple[ServeCommand, ...]
 
@@ -121,7 +122,7 @@ def write_export(
         written = Pretrained.open(str(folder)).folder
         checks = (*layout.checks(written, draft, target), _q_check(text, found, exact, options))
         commands = layout.serve_commands(draft, options.target_path(target), str(path.absolute()), options)
-        export = Export(path, layout, checks, tuple(commands))
+        export = Export(path, layout, options, checks, tuple(commands))
         if card is not None:
             (folder / "README.md").write_text(card(export), encoding="utf-8")
         write_json(folder / RECORD, {"format": layout.format, "checks": checks, "loaded_by": layout.loaded_by})

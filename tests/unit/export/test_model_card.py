@@ -14,10 +14,11 @@ import yaml
 from helpers.draft_cases import CASES, half_vocab, make_draft
 from helpers.own_draft import OneHead
 
-from lkspec.export.base import WriteOptions
+from lkspec.export.base import Layout, WriteOptions
 from lkspec.export.card import Facts, model_card, newest
 from lkspec.export.eagle3 import PlainEagle3
-from lkspec.export.writing import Export
+from lkspec.export.medusa import VllmMedusa
+from lkspec.export.writing import Export, layout_for
 from lkspec.runs.rows import ResultRow
 from lkspec.targets.tiny import TinyTarget
 
@@ -77,13 +78,14 @@ FACTS = Facts(
 HOME = "/home/somebody/secret"
 
 
-def card(target: Any, facts: Facts = FACTS, *, case: str = "eagle3") -> str:
-    vocab = half_vocab(264)
-    draft = make_draft(CASES[case], target.spec, vocab)
-    layout = PlainEagle3()
-    path = Path(HOME) / "out"
-    commands = layout.serve_commands(draft, target.source or target.name, str(path), WriteOptions(num_draft_tokens=3))
-    return model_card(facts, draft, target, Export(path, layout, ("first check", "second check"), tuple(commands)))
+def card(target: Any, facts: Facts = FACTS, *, target_id: str | None = None) -> str:
+    draft = make_draft(CASES["eagle3"], target.spec, half_vocab(264))
+    options = WriteOptions(num_draft_tokens=3, target_id=target_id)
+    return model_card(facts, draft, target, exported(options, "first check", "second check"))
+
+
+def exported(options: WriteOptions, *checks: str, layout: Layout | None = None) -> Export:
+    return Export(Path(HOME) / "out", layout or PlainEagle3(), options, checks, ())
 
 
 def section(text: str, title: str) -> str:
@@ -115,7 +117,7 @@ def test_a_target_on_the_hub_is_the_base_model(tiny_target: TinyTarget) -> None:
 
 
 def test_a_name_that_others_know(tiny_target: TinyTarget) -> None:
-    text = card(as_source(tiny_target, "/models/mine"), replace(FACTS, target_id="org/target"))
+    text = card(as_source(tiny_target, "/models/mine"), target_id="org/target")
     assert "# EAGLE-3 draft for org/target\n" in text
     assert yaml.safe_load(text.split("---\n", 2)[1])["base_model"] == "org/target"
 
@@ -208,7 +210,7 @@ def test_a_checkpoint_that_was_not_trained_here(tiny_target: TinyTarget) -> None
 )
 def test_each_architecture(case: str, name: str, limit: int | None, tiny_target: TinyTarget) -> None:
     draft = make_draft(CASES[case], tiny_target.spec)
-    text = model_card(FACTS, draft, tiny_target, Export(Path(HOME), PlainEagle3(), (), ()))
+    text = model_card(FACTS, draft, tiny_target, exported(WriteOptions(), layout=layout_for(None, draft)))
     assert f"# {name} draft for tiny\n" in text
     limits = section(text, "Limits")
     assert ("drafted tokens a round" in limits) == (limit is not None)
@@ -218,7 +220,7 @@ def test_each_architecture(case: str, name: str, limit: int | None, tiny_target:
 
 def test_an_architecture_that_says_nothing_of_itself(tiny_target: TinyTarget) -> None:
     draft = OneHead(tiny_target.spec, half_vocab(264))
-    text = model_card(FACTS, draft, tiny_target, Export(Path(HOME), PlainEagle3(), (), ()))
+    text = model_card(FACTS, draft, tiny_target, exported(WriteOptions(), layout=VllmMedusa()))
     assert "# OneHead draft for tiny\n" in text
     assert "A draft model (OneHead) for lossless" in text
     assert section(text, "Citation").startswith("\nObjective and protocol:\n")
