@@ -41,7 +41,7 @@ def main(config: DictConfig) -> None:
         check_sharpness(power)
     run = open_run(config)
     run.folder.read_walk_table()  # refuses a file that rows cannot be added to before minutes are spent
-    rows = _walk(run, answers, sharpness, max(listed(plain["num_draft_tokens"])))
+    rows = _walk(run, answers, sharpness, plain["num_draft_tokens"])
     run.folder.add_walk(rows)
     if sharpness == [1.0]:
         layout = Layout(rows=["draft", "objective"], columns=["temperature"], value="walk")

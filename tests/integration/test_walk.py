@@ -117,8 +117,8 @@ def test_a_draft_that_shares_its_weights_is_walked_deeper_than_trained(lkspec_cl
     for draft, deepest in (("eagle3", 5), ("medusa", 2)):
         run = trained(lkspec_cli, draft, f"data.validation={answers}", f"draft={draft}")
         validated = walk_of(run)
-        overrides = (f"run_root={draft}", "run=latest", f"answers={answers}", "num_draft_tokens=[1,5]")
-        assert lkspec_cli("evaluate", *overrides).code == 0
+        overrides = (f"run_root={draft}", "run=latest", f"answers={answers}", "num_draft_tokens=5")
+        assert lkspec_cli("walk", *overrides).code == 0
         walked = walk_of(run)
         assert sorted(set(walked.depth)) == list(range(1, deepest + 1))
         assert all((walked[walked.depth == 1].rounds.to_numpy() > 0).tolist())
