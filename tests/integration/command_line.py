@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -106,9 +108,35 @@ def run_process(command: Sequence[str], *, cwd: Path, python_path: str | None = 
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["lightning.pytorch", "transformers", "hydra.main", "tensorboard", "pandas"])
+
+
 def subprocess_cli(*arguments: str, cwd: Path) -> Outcome:
-    """The console entry in a process of its own."""
-    return run_process([sys.executable, "-m", "lkspec.cli", *arguments], cwd=cwd)
+    """The console entry in a process of its own, forked from one that has imported the large packages."""
+    with TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = _PROCESSES.Process(target=_console_entry, args=(arguments, cwd, dict(os.environ), out, err))
+        process.start()
+        process.join(600)
+        process.kill()
+        process.join()
+        assert process.exitcode is not None
+        return Outcome(process.exitcode, out.read_text(), err.read_text())
+
+
+def _console_entry(arguments: Sequence[str], cwd: Path, environment: dict[str, str], out: Path, err: Path) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for stream, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+    sys.argv = ["lkspec", *arguments]
+    try:
+        cli.main()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 def only_run(root: Path = Path("runs")) -> Path:
