@@ -1,5 +1,6 @@
 """Every experiment file still composes and trains: one step of it, on tiny parts; sweeps have the jobs they claim."""
 
+import math
 from itertools import product
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hydra.core.singleton import Singleton
 from omegaconf import DictConfig, OmegaConf
 
 from lkspec.app.application import config_dir, resolved
-from lkspec.app.job import outcome_config
+from lkspec.runs.keys import outcome
 from lkspec.runs.rows import content_hash
 
 EXPERIMENTS = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
@@ -71,20 +72,25 @@ def test_an_experiment_takes_a_step(lkspec_cli, composed, tmp_path, name):
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_the_jobs_of_an_ablation_are_all_different_and_begin_at_random(composed, name):
+    """Jobs are a product of axes: along each axis from the first job every outcome is another, so all are."""
     sweep = composed(f"experiment={name}")
     assert str(sweep.hydra.mode) == "RunMode.MULTIRUN"
     assert sweep.on_existing == "continue"
     jobs = jobs_of(sweep)
+    axes = [list(dict.fromkeys(values)) for values in zip(*jobs, strict=True)]
+    assert len(jobs) == math.prod(map(len, axes)) > 1
+    first = [axis[0] for axis in axes]
+    along = [[*first[:i], value, *first[i + 1 :]] for i, axis in enumerate(axes) for value in axis[1:]]
     hashes = set()
-    for job in jobs:
+    for job in (first, *along):
         config = composed(f"experiment={name}", *job)
         plain = resolved(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
-        hashes.add(content_hash(outcome_config(plain)))
+        hashes.add(content_hash(outcome(plain)))
         if name != "ablation_init":
             assert plain["draft"].get("head_init", "random") == "random"
         assert plain["callbacks"]["acceptance_length"] is None
         assert plain["states_dir"] == (None if name == "ablation_gpu" else "captured/smollm2_135m-embedded")
-    assert len(hashes) == len(jobs) > 1
+    assert len(hashes) == 1 + len(along)
 
 
 def test_the_first_jobs_of_the_main_ablation_are_a_whole_table_of_one_seed(composed):
@@ -101,7 +107,7 @@ def test_the_default_eta_is_a_job_of_the_eta_ablation(composed):
     def job(*overrides: str) -> str:
         config = composed(*overrides, "seed=0", "draft=mlp", "loss=lk_lambda")
         plain = resolved(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
-        return content_hash(outcome_config(plain))
+        return content_hash(outcome(plain))
 
     assert job("experiment=ablation_eta", "loss.eta=3") == job("experiment=ablation_loss")
 
