@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
+import difflib
 import sys
 
 VERBS = {
@@ -21,17 +21,19 @@ VERBS = {
 
 
 def main() -> None:
-    """Runs one verb; each is also ``python -m lkspec.commands.<verb>``."""
+    """Runs one verb. Lightning and launchers start further processes by the same ``sys.argv``, so it stays."""
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in ("-h", "--help"):
         print(usage())
         return
     if verb not in VERBS:
-        print(f"Error: unknown verb {verb!r}; expected one of {', '.join(VERBS)}\n\n{usage()}", file=sys.stderr)
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        meant = f"did you mean {close[0]}? (" if close else "("
+        print(f"Error: unknown verb {verb!r}; {meant}expected one of {', '.join(VERBS)})", file=sys.stderr)
         sys.exit(2)
-    del sys.argv[1]
-    # As the main module: Lightning starts the other processes of a multi-device run by `python -m` its name.
-    runpy.run_module(f"lkspec.commands.{verb}", run_name="__main__", alter_sys=True)
+    from lkspec.app.application import launch  # Hydra, which the help above does without
+
+    launch(verb, sys.argv[2:])
 
 
 def usage() -> str:

@@ -12,23 +12,30 @@ import importlib
 import inspect
 import logging
 import os
-import re
+import string
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 
 from lkspec.app import sweeps
+from lkspec.app.overrides import Composition, refuse_fixed
+from lkspec.app.values import check_arguments
 
-log = logging.getLogger(__name__)
+_VERSION = "1.3"  # of Hydra's defaults
+_OF_A_RUN = ("evaluate", "walk", "throughput", "export", "show")  # verbs that read a finished run
 
 
 def config_dir() -> Path:
@@ -55,82 +62,90 @@ class WorkingDirectorySearchPath(SearchPathPlugin):
             search_path.append(provider="working-directory", path=f"file://{local}")
 
 
-_FIXED_BY_RUN = re.compile(r"[+~]*(draft|target|vocab|data|loss)\b(?!_)")
+def launch(verb: str, arguments: Sequence[str]) -> None:
+    """Composes the configuration of a verb and runs it, once or as a sweep; a user's mistake is said in a line.
 
-
-def entry_point(
-    config_name: str, *, fixed_by_run: bool = False
-) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """Makes a Hydra application of a function, with ``./conf`` searched and user errors printed in one line.
-
-    ``fixed_by_run``: the application reads a finished run, whose draft, target, vocabulary, data and loss are given; a
-    checkpoint (``draft=pretrained``) brings its draft and is told its target.
+    Nothing heavy is imported before the configuration is known to be composed as it was meant.
     """
-
-    def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        task = _Task(function)
-
-        @functools.wraps(function)
-        def main() -> None:
-            sys.path.insert(0, os.getcwd())
-            Plugins.instance().register(WorkingDirectorySearchPath)
-            if fixed_by_run and "draft=pretrained" not in sys.argv:
-                _refuse_fixed(sys.argv[1:])
-            # Our launchers stand in place of their plugins' own, and fit the same schema.
-            warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
-            application = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(task)
-            interrupted = True
-            try:
-                application()
-                interrupted = False
-            finally:
-                if status := sweeps.finish(interrupted=interrupted):
-                    sys.exit(status)
-
-        main.task = task  # type: ignore[attr-defined]
-        return main
-
-    return decorate
-
-
-class _Task:
-    """What Hydra calls: a function whose errors are reported, as a launcher's other processes can import it.
-
-    Pickled by its place: by its content it would take along all that its module holds, which runs as ``__main__``.
-    """
-
-    def __init__(self, function: Callable[[DictConfig], Any]) -> None:
-        functools.update_wrapper(self, function)
-        self._function = function
-        spec = function.__globals__["__spec__"]
-        self.__module__ = function.__module__ if spec is None else spec.name
-
-    def __call__(self, config: DictConfig) -> Any:
-        quiet_libraries()
-        if config.get("journal") is not None:  # a job of a sweep
-            return sweeps.Sweep.of(config).run_job(functools.partial(self._function, config), _users_mistake)
+    sys.path.insert(0, os.getcwd())
+    Plugins.instance().register(WorkingDirectorySearchPath)
+    # Our launchers stand in place of their plugins' own, and fit the same schema.
+    warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema with the same name")
+    options = get_args_parser().parse_args(arguments)
+    known = {"help", "run", "multirun", "overrides"}
+    if any(value for name, value in vars(options).items() if name not in known):  # --cfg and the like only show
+        sys.argv = [sys.argv[0], *arguments]
+        hydra.main(version_base=_VERSION, config_path=str(config_dir()), config_name=verb)(Task(verb))()
+        return
+    with hydra.initialize_config_dir(str(config_dir()), job_name=verb, version_base=_VERSION):
+        application = GlobalHydra.instance().hydra
+        assert application is not None
         try:
-            return self._function(config)
-        except Exception as error:
+            if verb in _OF_A_RUN:
+                refuse_fixed(options.overrides)
+            composition = Composition(application, verb, options.overrides)
+            if options.help:
+                print(_help(composition))
+                return
+            composition.refuse_missing()
+            is_sweep = options.multirun or composition.config.hydra.mode == RunMode.MULTIRUN
+            _start(application.multirun if is_sweep else application.run, verb, options.overrides)
+        except (HydraException, ValueError) as error:
             _exit_with(error)
 
-    def __reduce__(self) -> tuple[Callable[[str, str], Any], tuple[str, str]]:
-        return _task_at, (self.__module__, self._function.__name__)
+
+def _start(run: Callable[..., Any], verb: str, overrides: list[str]) -> None:
+    interrupted = True
+    try:
+        run(config_name=verb, task_function=Task(verb), overrides=overrides)
+        interrupted = False
+    finally:
+        if status := sweeps.finish(interrupted=interrupted):
+            sys.exit(status)
 
 
-def _task_at(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(module), name).task
+def _help(composition: Composition) -> str:
+    """The help text of a configuration (``hydra.help.template``), with all groups, choices and keys."""
+    groups = "".join(f"{group}: {', '.join(composition.options(group))}\n" for group in composition.groups())
+    template = string.Template(composition.config.hydra.help.template)
+    return template.substitute(APP_CONFIG_GROUPS=groups, CONFIG=OmegaConf.to_yaml(composition.own))
 
 
-def _refuse_fixed(arguments: list[str]) -> None:
-    for argument in arguments:
-        if "=" in argument and (match := _FIXED_BY_RUN.match(argument.partition("=")[0])):
-            print(
-                f"Error: {argument}: the {match[1]} of a finished run is the one it was trained with and cannot be "
-                "overridden; train another run, or leave it out (device=... and dtype=... may be set)",
-                file=sys.stderr,
+@dataclass(frozen=True)
+class Task:
+    """What Hydra calls with a composed configuration: a verb. Launchers send it to other processes."""
+
+    verb: str
+
+    def __call__(self, config: DictConfig) -> Any:
+        if config.get("journal") is not None:  # a job of a sweep
+            return sweeps.Sweep.of(config).run_job(functools.partial(self._run, config), _users_mistake)
+        try:
+            self._find_run(config)
+        except ValueError as error:
+            _exit_with(error)
+        try:
+            return self._run(config)
+        except Exception as error:
+            _exit_with(error, "\n(set HYDRA_FULL_ERROR=1 for the stack trace)")
+
+    def _find_run(self, config: DictConfig) -> None:
+        """Refuses a run that is not there before anything heavy is imported."""
+        from lkspec.runs.folder import find_run  # here: help and typing errors do without
+
+        if self.verb in _OF_A_RUN and config.run is None and config.get("draft") is None:
+            raise ValueError(
+                "run has no value yet: give one as run=... (latest, the beginning of a name, or a path), or a "
+                "checkpoint as draft=pretrained draft.path=... target=..."
             )
-            sys.exit(2)
+        for key in ("run", "resume"):
+            if config.get(key) is not None:
+                find_run(config[key], Path(config.run_root))
+
+    def _run(self, config: DictConfig) -> Any:
+        quiet_libraries()
+        check_arguments(config)
+        return importlib.import_module(f"lkspec.commands.{self.verb}").main(config)
 
 
 def instantiate(config: DictConfig, *arguments: Any, **named: Any) -> Any:
@@ -182,16 +197,20 @@ def _users_mistake(error: Exception) -> str | None:
     """One line about what a user did wrong; None for other errors."""
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value yet: give one as {error.full_key}=..."
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: expected key=value ({' '.join(error.message.partition('See')[0].split())})"
+    if isinstance(error, HydraException) and not isinstance(error, InstantiationException):
+        return " ".join(f"{error} {error.__cause__ or ''}".split())
     cause = error
     while isinstance(cause, InstantiationException) and isinstance(cause.__cause__, Exception):
         cause = cause.__cause__
     return str(cause) if isinstance(cause, ValueError) or isinstance(error, InstantiationException) else None
 
 
-def _exit_with(error: Exception) -> None:
+def _exit_with(error: Exception, hint: str = "") -> NoReturn:
     """Prints what a user did wrong without a stack trace (``HYDRA_FULL_ERROR=1`` shows it)."""
     mistake = _users_mistake(error)
     if mistake is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
         raise error
-    print(f"Error: {mistake}\n(set HYDRA_FULL_ERROR=1 for the stack trace)", file=sys.stderr)
+    print(f"Error: {mistake}{hint}", file=sys.stderr)
     sys.exit(2)

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-import torch
-
 from lkspec.runs.lock import try_lock
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -27,6 +25,8 @@ def visible_devices() -> list[str]:
     named = os.environ.get(VISIBLE)
     if named is not None:
         return [device for device in re.split(r"\s*,\s*", named.strip()) if device]
+    import torch  # here: a sweep is refused or listed without it
+
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
@@ -43,6 +43,8 @@ def take_device(devices: Sequence[str], *, folder: Path | None = None) -> str:
     global _taken
     if _taken is not None:
         return os.environ[VISIBLE]
+    import torch
+
     folder = folder or Path(tempfile.gettempdir()) / f"lkspec-gpus-{os.getuid()}"
     assert not torch.cuda.is_initialized(), "a device is taken before CUDA is initialised"
     for device in devices:

@@ -164,11 +164,6 @@ def open_run(config: DictConfig) -> TrainedRun:
     root = Path(config.run_root)
     options = {"device": config.device, "dtype": config.dtype}
     if config.get("draft") is None:
-        if config.run is None:
-            raise ValueError(
-                "run has no value yet: give one as run=... (latest, the beginning of a name, or a path), or a "
-                "checkpoint as draft=pretrained draft.path=... target=..."
-            )
         return load_run(find_run(config.run, root), **options)
     if config.run is not None:
         raise ValueError(f"run={config.run} and draft=pretrained: give one of them")

@@ -15,7 +15,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from lkspec.app.application import entry_point, instantiate
+from lkspec.app.application import instantiate
 from lkspec.app.build import open_data
 from lkspec.data.capture_format import DTYPE, MANIFEST, bytes_per_token
 from lkspec.data.captured import CapturedStates, CaptureWriter, capture_writer, store_keys
@@ -40,7 +40,6 @@ class _Text:
     num_tokens: int
 
 
-@entry_point("capture")
 def main(config: DictConfig) -> None:
     """Fills ``config.out``; continues where an earlier call was killed, or adds to what it wrote."""
     if config.shard_mb <= 0:
@@ -177,7 +176,3 @@ def _gigabytes(num_bytes: float) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 3600:.2f} hours"
-
-
-if __name__ == "__main__":
-    main()

@@ -20,7 +20,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from lkspec.app.application import entry_point, resolved
+from lkspec.app.application import resolved
 from lkspec.app.sweeps import read_journal
 from lkspec.reporting.counts import read_series
 from lkspec.reporting.intervals import Estimate
@@ -43,7 +43,6 @@ class Side:
     log: Path
 
 
-@entry_point("duel")
 def main(config: DictConfig) -> None:
     """Trains what is missing and prints the comparison."""
     typed = list(HydraConfig.get().overrides.task)
@@ -95,7 +94,7 @@ def _trained(sides: Sequence[Side]) -> list[list[RunFolder]]:
 def _started(side: Side, journal: Path) -> subprocess.Popen[bytes]:
     threads = str(max(1, (os.cpu_count() or 2) // 2))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
-    command = [sys.executable, "-m", "lkspec.commands.train", "-m", *side.overrides, f"journal={journal}"]
+    command = [sys.executable, "-m", "lkspec.cli", "train", "-m", *side.overrides, f"journal={journal}"]
     console.print(f"{side.name}: training, {side.log} tells how far", highlight=False, soft_wrap=True)
     with side.log.open("wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -135,7 +134,3 @@ def _verdict(gain: Estimate) -> str:
     if gain.excludes_zero:
         return "better" if gain.value > 0 else "worse"
     return f"not resolved (smallest visible effect {gain.half_width:.4f})"
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 from omegaconf import DictConfig
 
-from lkspec.app.application import entry_point, resolved
+from lkspec.app.application import resolved
 from lkspec.app.build import build_benchmarks, run_facts
 from lkspec.app.engine import serving_engine
 from lkspec.app.evaluation import Evaluation
@@ -18,7 +18,6 @@ from lkspec.reporting.terminal import say
 _OPTIONS = (*("temperatures", "num_draft_tokens", "top_k", "top_p", "draft_filter", "sharpness", "batch_size", "seed"),)
 
 
-@entry_point("evaluate", fixed_by_run=True)
 def main(config: DictConfig) -> None:
     """Writes results rows and rounds into the run's folder."""
     plain = resolved(config)
@@ -40,7 +39,3 @@ def main(config: DictConfig) -> None:
     draw_run(run.folder)
     run.note_measuring_code()
     say(f"results: {run.folder.results_file}")
-
-
-if __name__ == "__main__":
-    main()

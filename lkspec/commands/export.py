@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from lkspec.app.application import entry_point, resolved
+from lkspec.app.application import resolved
 from lkspec.app.load import TrainedRun, open_run
 from lkspec.export.base import WriteOptions
 from lkspec.export.card import Facts, model_card
@@ -16,7 +16,6 @@ from lkspec.reporting.terminal import say
 from lkspec.targets.transformers import parse_dtype
 
 
-@entry_point("export", fixed_by_run=True)
 def main(config: DictConfig) -> None:
     """Writes the export and says what was checked and how to serve it."""
     out = Path(config.out).expanduser()
@@ -62,7 +61,3 @@ def _report(export: Export, run: TrainedRun) -> None:
         say("no current engine serves this folder as it is")
     for command in export.commands:
         say(f"\n{command.engine} (samples from q by {command.options_for_q}):\n  {command.command}")
-
-
-if __name__ == "__main__":
-    main()

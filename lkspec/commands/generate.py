@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig
 
-from lkspec.app.application import entry_point, instantiate, resolved, target_name
+from lkspec.app.application import instantiate, resolved, target_name
 from lkspec.data.generation import (
     AnswerFilter,
     Prompt,
@@ -43,7 +43,6 @@ class _Answer(NamedTuple):
 _Answering = Callable[[list[Prompt]], Iterator[_Answer]]
 
 
-@entry_point("generate")
 def main(config: DictConfig) -> None:
     """Writes ``config.out``; resumes a partial file made with the same settings."""
     options = resolved(config)
@@ -163,7 +162,3 @@ def _write_prompts(config: DictConfig, target: Target, decoder: ChainDecoder, ou
 
 def _counts(dropped: Counter[str]) -> str:
     return ", ".join(f"{count} {why}" for why, count in sorted(dropped.items())) or "none"
-
-
-if __name__ == "__main__":
-    main()

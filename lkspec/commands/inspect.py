@@ -8,14 +8,13 @@ from omegaconf import DictConfig
 from rich.rule import Rule
 from rich.text import Text
 
-from lkspec.app.application import entry_point, instantiate
+from lkspec.app.application import instantiate
 from lkspec.app.build import open_data
 from lkspec.data.chat import colour_spans
 from lkspec.reporting.terminal import console
 from lkspec.targets.base import Target
 
 
-@entry_point("inspect")
 def main(config: DictConfig) -> None:
     """Shows a few conversations of ``data.train``, held-out ones too, and counts what is supervised."""
     target: Target = instantiate(config.target)
@@ -43,7 +42,3 @@ def main(config: DictConfig) -> None:
         f"({data.num_supervised_tokens / total:.0%}); coloured: supervised, dim: read only. {read.num_bad_rows} bad "
         f"rows skipped, {read.num_dropped} conversations without an answer dropped"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from lkspec.app.application import entry_point, resolved
+from lkspec.app.application import resolved
 from lkspec.files import write_text
 from lkspec.reporting.counts import find_runs
 from lkspec.reporting.figure_style import save
@@ -19,7 +19,6 @@ from lkspec.reporting.tables import build_table
 from lkspec.reporting.terminal import errors
 
 
-@entry_point("report")
 def main(config: DictConfig) -> None:
     """Prints a table of many runs, or writes it to ``out``."""
     if config.format not in (*RENDERERS, "png"):
@@ -41,7 +40,3 @@ def main(config: DictConfig) -> None:
         print(RENDERERS[config.format](table), end="")
         return
     errors.print(f"report: {config.out}", soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,6 @@ from omegaconf import DictConfig
 from rich.rule import Rule
 from rich.text import Text
 
-from lkspec.app.application import entry_point
 from lkspec.app.load import open_run
 from lkspec.data.generation import Prompt, read_prompts
 from lkspec.decoding.chain import ChainDecoder, Request
@@ -19,7 +18,6 @@ from lkspec.reporting.colouring import acceptance_line, as_html, as_terminal_tex
 from lkspec.reporting.terminal import console
 
 
-@entry_point("show", fixed_by_run=True)
 def main(config: DictConfig) -> None:
     """Prints the coloured answers and writes them as one HTML file."""
     prompts = _prompts(config.prompt_file, config.system)
@@ -65,7 +63,3 @@ def _prompts(source: str, system: str | None) -> list[Prompt]:
     if not text.strip():
         raise ValueError(f"prompt_file: {name} is empty")
     return [Prompt(name, (*before, {"role": "user", "content": text.strip()}))]
-
-
-if __name__ == "__main__":
-    main()

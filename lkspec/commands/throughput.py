@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from lkspec.app.application import entry_point, resolved
+from lkspec.app.application import resolved
 from lkspec.app.build import build_benchmarks, run_facts
 from lkspec.app.engine import serving_engine
 from lkspec.app.load import open_run
@@ -15,7 +15,6 @@ from lkspec.reporting.measured import comparable, print_throughput
 _OPTIONS = ("concurrency", "num_draft_tokens", "num_requests", "max_new_tokens", "temperature", "seed")
 
 
-@entry_point("throughput", fixed_by_run=True)
 def main(config: DictConfig) -> None:
     """Writes throughput rows into the run's folder."""
     plain = resolved(config)
@@ -33,7 +32,3 @@ def main(config: DictConfig) -> None:
     run.folder.write_throughput(newest)
     print_throughput(comparable(run.folder.read_throughput(), newest))
     terminal.say(f"throughput: {run.folder.throughput_file}")
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,7 @@ import time
 
 from omegaconf import DictConfig
 
-from lkspec.app.application import entry_point, resolved
+from lkspec.app.application import resolved
 from lkspec.app.build import (
     build_benchmarks,
     build_module,
@@ -32,7 +32,6 @@ from lkspec.training.ranks import is_first_rank
 from lkspec.training.run import Trainer, fit, log_hyperparameters, seed_run
 
 
-@entry_point("train")
 def main(config: DictConfig) -> dict[str, float] | None:
     """Runs one training; returns the final acceptance lengths (for sweepers)."""
     sweep = Sweep.of(config)
@@ -106,7 +105,3 @@ def _finish(
         draw_run(folder)
         terminal.say(f"checkpoints, TensorBoard logs, figures and results: {folder.path}")
     return final
-
-
-if __name__ == "__main__":
-    main()

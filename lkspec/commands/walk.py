@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from lkspec.app.application import entry_point, resolved
+from lkspec.app.application import resolved
 from lkspec.app.build import open_data
 from lkspec.app.load import TrainedRun, open_run
 from lkspec.data.capture_format import MANIFEST
@@ -30,7 +30,6 @@ OWN = "held_out"  # in place of a file: the answers that a run was validated on
 _TOKENS_OF = 40  # answers whose tokens are kept one by one
 
 
-@entry_point("walk", fixed_by_run=True)
 def main(config: DictConfig) -> None:
     """Adds the walk to the run's and shows tau; tokens.parquet then holds the tokens of some answers at T = 1."""
     plain = resolved(config)
@@ -109,7 +108,3 @@ def _states(run: TrainedRun) -> Callable[[Batch], TargetStates]:
         say(f"{folder} is not there: the target reads the answers again")
         return run.target.states
     return CapturedStates(Path(folder), run.target)
-
-
-if __name__ == "__main__":
-    main()

@@ -31,14 +31,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
-    SCALARS,
-    EventAccumulator,
-)
 
 from lkspec.files import write_text
 from lkspec.runs.identity import code_hash
@@ -56,6 +51,9 @@ from lkspec.runs.rows import (
 )
 from lkspec.runs.token_rows import TokenRow, read_token_table, write_token_rows
 from lkspec.runs.walk_rows import WalkRow, read_walk_table, write_walk_rows
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _PACKAGE = Path(__file__).parents[1]
 _LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # also a Hydra value that needs no quotes
@@ -225,6 +223,11 @@ class RunFolder:
         """(step, [value at depth 1..K]) of the TensorBoard scalars ``<prefix>/depth_<k>``; empty without any."""
         if not self.tb_dir.is_dir():  # another logger, or none
             return []
+        from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+            SCALARS,
+            EventAccumulator,
+        )
+
         events = EventAccumulator(str(self.tb_dir), size_guidance={SCALARS: 0})
         events.Reload()
         tags = sorted(

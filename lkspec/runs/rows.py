@@ -13,13 +13,13 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
-
-import pyarrow as pa
-import pyarrow.compute as pc
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lkspec.files import atomic_path
 from lkspec.runs.tables import as_table, read_table, write_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 #: What tells measurements of a run apart, and columns by these names.
 SETTING = ("benchmark", "temperature", "num_draft_tokens", "engine", "sharpness")
@@ -178,6 +178,9 @@ def replace_rounds(path: Path, rows: Sequence[RoundRow]) -> None:
     """Adds rows to a rounds.parquet in place of those of the same settings."""
     if not rows:
         return
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     table = as_table(RoundRow, rows)
     if path.is_file():
         old = read_round_table(path)
@@ -254,6 +257,8 @@ def _read_csv(path: Path, row_class: type[Row]) -> list[Row]:
 
 def _of_settings(table: pa.Table, settings: Collection[SettingKey]) -> pa.ChunkedArray:
     """Mask of the rows whose setting is among some."""
+    import pyarrow.compute as pc
+
     masks = (
         functools.reduce(pc.and_, (pc.equal(table[name], value) for name, value in zip(SETTING, key, strict=True)))
         for key in settings

@@ -1,28 +1,35 @@
-"""Parquet tables of rows: a dataclass of plain fields gives the columns."""
+"""Parquet tables of rows: a dataclass of plain fields gives the columns.
+
+pyarrow is imported where it is used: finding a run does without.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from lkspec.files import atomic_path
 
-_TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_TYPES = {"str": "string", "int": "int64", "float": "float64", "bool": "bool"}
 
 
 def as_table(row_class: type[Any], rows: Sequence[Any]) -> pa.Table:
     """Rows as a table with a column a field."""
+    import pyarrow as pa
+
     schema = pa.schema([(field.name, _TYPES[str(field.type)]) for field in fields(row_class)])
     return pa.Table.from_pylist([vars(row) for row in rows], schema=schema)
 
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Replaces a file."""
+    import pyarrow.parquet as pq
+
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary)
 
@@ -33,6 +40,8 @@ def read_table(path: Path, row_class: type[Any]) -> pa.Table:
     Raises:
         ValueError: it has other columns.
     """
+    import pyarrow.parquet as pq
+
     table, expected = pq.read_table(path), as_table(row_class, []).schema
     if set(table.column_names) != set(expected.names):
         missing, unknown = (

@@ -59,14 +59,6 @@ class TestHelp:
         assert all(f"\n{key}:" in outcome.out for key in keys)
         assert "$" not in outcome.out.partition("== Keys")[0]
 
-    @pytest.mark.slow
-    def test_each_verb_is_also_a_module(self, tmp_path):
-        for verb in ("train", "inspect"):
-            outcome = run_process([sys.executable, "-m", f"lkspec.commands.{verb}", "--help"], cwd=tmp_path)
-            assert outcome.code == 0, outcome.err
-            assert outcome.out.startswith(f"lkspec {verb}: ")
-        assert not list(tmp_path.iterdir())
-
 
 class TestEvaluate:
     def test_a_run_is_named_by_latest_prefix_or_path(self, lkspec_cli, trained, tmp_path):
@@ -451,7 +443,7 @@ def test_an_installed_wheel_brings_its_configuration(tmp_path):
     assert outcome.code == 0, outcome.err
     with zipfile.ZipFile(next(built.glob("lkspec-*.whl"))) as wheel:
         wheel.extractall(installed)
-    train = [sys.executable, "-m", "lkspec.commands.train", *TINY_RUN, *NO_EVALUATION, "trainer.max_steps=1"]
+    train = [sys.executable, "-m", "lkspec.cli", "train", *TINY_RUN, *NO_EVALUATION, "trainer.max_steps=1"]
     outcome = run_process(train, cwd=empty, python_path=str(installed))
     assert outcome.code == 0, outcome.err
     assert "commit: none" in (only_run(empty / "runs") / "git.txt").read_text()

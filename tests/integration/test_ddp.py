@@ -73,7 +73,7 @@ def test_processes_resume_together(tmp_path, together):
     run = only_run(tmp_path / "runs")
     (run / "checkpoints" / "step=4.ckpt").unlink()
     assert RunFolder(run).last_checkpoint.name == "step=3.ckpt"
-    outcome = run_process([sys.executable, "-m", "lkspec.commands.train", "resume=latest"], cwd=tmp_path)
+    outcome = run_process([sys.executable, "-m", "lkspec.cli", "train", "resume=latest"], cwd=tmp_path)
     assert outcome.code == 0, outcome.err
     last = logged(together[0], "train/loss")[3]
     assert logged(run, "train/loss") == pytest.approx({3: last}, abs=1e-6)
@@ -81,7 +81,7 @@ def test_processes_resume_together(tmp_path, together):
 
 def test_an_error_in_two_processes_ends_both(tmp_path):
     outcome = run_process(
-        [sys.executable, "-m", "lkspec.commands.train", *RUN, *TWO_PROCESSES, "optimizer.lr=-1"], cwd=tmp_path
+        [sys.executable, "-m", "lkspec.cli", "train", *RUN, *TWO_PROCESSES, "optimizer.lr=-1"], cwd=tmp_path
     )
     assert outcome.code == 2
     assert "Error: " in outcome.err
