@@ -323,7 +323,7 @@ FAULTS = (
     ),
     Fault(
         "the token cache does not know the chat template",
-        "data/token_cache.py",
+        "data/tokenised.py",
         "[tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]",
         "[tokenizer.backend_tokenizer.to_str()]",
         ("unit/data/test_token_cache.py",),

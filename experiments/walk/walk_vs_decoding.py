@@ -37,9 +37,14 @@ def main() -> None:
     options = parser.parse_args()
     quiet_libraries()
     run = load_run(find_run(options.run, options.run_root))
-    data = open_data(run.config, run.target)
+    held_out = open_data(run.config, run.target).validation_set
     rows = [
-        compare(run, data.val_conversations(temperature)[: options.num_prompts], temperature, options)
+        compare(
+            run,
+            [one for one in held_out if one.temperature == temperature][: options.num_prompts],
+            temperature,
+            options,
+        )
         for temperature in (0.0, 1.0)
     ]
     with options.out.open("w", newline="") as file:

@@ -20,7 +20,7 @@ def main(config: DictConfig) -> None:
     target: Target = instantiate(config.target)
     config.data.val_fraction = 0.0  # a few conversations need not leave any to hold out
     data = open_data(config, target)
-    conversations = [data.train_set[index] for index in range(data.num_conversations)]
+    conversations = list(data.train_set)
     if config.ids:
         known = {conversation.id: conversation for conversation in conversations}
         missing = [name for name in config.ids if name not in known]

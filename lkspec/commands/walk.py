@@ -91,7 +91,7 @@ def _own(run: TrainedRun) -> EncodedStore:
         raise ValueError(f"answers={OWN}: {run.folder.name} was not trained here and has none; name a file")
     data = open_data(run.config, run.target)
     store = EncodedStore()
-    for one in map(data.validation_set.__getitem__, range(len(data.validation_set))):
+    for one in data.validation_set:
         if one.temperature is not None:
             store.append(one)
     if not len(store):

@@ -39,7 +39,7 @@ _NUM_READERS = 8  # threads
 
 def store_keys(store: EncodedStore) -> Iterator[str]:
     """The ``text_key`` of each conversation, in order."""
-    return (text_key(torch.tensor(store[index].tokens)) for index in range(len(store)))
+    return (text_key(torch.tensor(encoded.tokens)) for encoded in store)
 
 
 class CapturedStates:

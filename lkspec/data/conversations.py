@@ -7,15 +7,12 @@ of the data published with the LK paper (``conversation[0].content`` = prompt, `
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lkspec.data.sources import rows_of
-
-log = logging.getLogger(__name__)
 
 OnBadRow = Literal["error", "skip"]
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -78,28 +75,20 @@ class BadRows:
         return "\n  ".join([f"{self.count} bad rows left out", *self.reasons])
 
 
-@dataclass(frozen=True)
-class ConversationSet:
-    """The usable conversations of one path, in file order, and what was left out."""
-
-    conversations: list[Conversation]
-    bad_rows: BadRows
-
-
-def read_conversations(path: str, *, on_bad_row: OnBadRow = "error", split: str = "train") -> ConversationSet:
-    """Reads conversations from a path.
+def read_conversations(path: str, bad_rows: BadRows | None = None) -> list[Conversation]:
+    """The usable conversations of a path, in file order; what is left out goes to ``bad_rows``.
 
     ``path`` is a .jsonl file, a folder of them (read in the order of their names), ``embedded:<file>`` (packaged with
-    lkspec), ``tiny:<N>`` (made up), or else the id of a hub data set, of which ``split`` is read.
+    lkspec), ``tiny:<N>`` (made up), or else the id of a hub data set, of which the split "train" is read.
 
     Raises:
         ValueError: nothing found at the path; a bad row (file, 1-based line and reason) unless those are skipped;
             no usable conversation.
     """
-    bad_rows = BadRows(on_bad_row)
+    bad_rows = bad_rows or BadRows()
     conversations: list[Conversation] = []
     places: dict[str, str] = {}
-    for place, default_id, raw in rows_of(path, split):
+    for place, default_id, raw in rows_of(path):
         try:
             conversation = parse_row(_decoded(raw), default_id=default_id)
             if conversation.id in places:
@@ -111,9 +100,7 @@ def read_conversations(path: str, *, on_bad_row: OnBadRow = "error", split: str 
         conversations.append(conversation)
     if not conversations:
         raise ValueError(f"{path}: expected at least one conversation, found none\n  {bad_rows.summary()}")
-    if bad_rows.count:
-        log.warning("%s: %s", path, bad_rows.summary())
-    return ConversationSet(conversations, bad_rows)
+    return conversations
 
 
 def parse_row(row: object, *, default_id: str) -> Conversation:

@@ -12,12 +12,10 @@ from lightning import LightningDataModule
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lkspec.data.chat import Encoded
 from lkspec.data.conversations import OnBadRow
 from lkspec.data.dataset import EncodedStore, EvaluationLoader, StepLoader, StepSampler
-from lkspec.data.encoded import EncodedData
 from lkspec.data.planning import plan_evaluation
-from lkspec.data.tokenised import read_tokenised
+from lkspec.data.tokenised import EncodedData, read_tokenised
 from lkspec.types import Batch
 
 
@@ -121,8 +119,7 @@ class SpeculatorDataModule(LightningDataModule):
         """
         encoded = EncodedData()
         everything = self._tokenised(self._train_path, encoded)
-        for index in range(len(everything)):
-            one = everything[index]
+        for one in everything:
             held_out = is_held_out(one.id, fraction=self._val_fraction, seed=self._split_seed)
             (encoded.validation if held_out else encoded.train).append(one)
         if self._val_fraction and not 0 < len(encoded.train) < len(everything):
@@ -131,9 +128,8 @@ class SpeculatorDataModule(LightningDataModule):
                 "conversations: change it, or name a validation set"
             )
         for path in self._validation_paths:
-            validation = self._tokenised(path, encoded)
-            for index in range(len(validation)):
-                encoded.validation.append(validation[index])
+            for one in self._tokenised(path, encoded):
+                encoded.validation.append(one)
         return encoded
 
     def _tokenised(self, path: str, encoded: EncodedData) -> EncodedStore:
@@ -181,22 +177,6 @@ class SpeculatorDataModule(LightningDataModule):
     def transfer_batch_to_device(self, batch: list[Batch], device: torch.device, dataloader_idx: int) -> list[Batch]:
         """Leaves a step's micro-batches where they are: the module moves them one by one."""
         return batch
-
-    def val_conversations(self, temperature: float) -> list[Encoded]:
-        """Validation conversations written at a temperature, or at an unknown one.
-
-        Raises:
-            ValueError: there are validation conversations, but none of that temperature.
-        """
-        store = self.validation_set
-        chosen = [index for index, known in enumerate(store.temperatures) if known is None or known == temperature]
-        if len(store) and not chosen:
-            there = sorted({str(known) for known in store.temperatures})
-            raise ValueError(
-                f"no validation conversation was written at temperature {temperature}: there are {', '.join(there)}; "
-                "name a set generated at that temperature in data.validation"
-            )
-        return [store[index] for index in chosen]
 
     def token_counts(self, vocab_size: int) -> Int[Tensor, " V"]:
         """How often each token is supervised in all conversations of the training data, beyond the limit too.

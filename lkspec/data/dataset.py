@@ -45,6 +45,9 @@ class EncodedStore:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __iter__(self) -> Iterator[Encoded]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> Encoded:
         span = slice(self._ends[index], self._ends[index + 1])
         return Encoded(
@@ -203,38 +206,29 @@ class StepSampler(Sampler[Step]):
         self._just_restored = True
 
 
-class _MicroBatches(Dataset[Batch]):
+class _Steps(Dataset[list[Batch]]):
     def __init__(self, store: EncodedStore) -> None:
         self._store = store
 
-    def __getitem__(self, batch: MicroBatch) -> Batch:
-        return collate([[self._store[index] for index in row] for row in batch])
+    def __getitem__(self, step: Step) -> list[Batch]:
+        return [collate([[self._store[index] for index in row] for row in batch]) for batch in step]
 
 
-class _WorkerLoader:
-    """Makes batches in worker processes."""
+class EvaluationLoader(DataLoader[list[Batch]]):
+    """Yields the micro-batches of one step after another, made in worker processes if there are any."""
 
-    def __init__(self, store: EncodedStore, steps: Sampler[Step] | list[Step], num_workers: int) -> None:
-        # One item of the data set is a micro-batch, made in the worker; a "batch" of the loader is a step's list.
-        self._loader: DataLoader[Batch] = DataLoader(
-            _MicroBatches(store),
-            batch_sampler=steps,
+    def __init__(self, store: EncodedStore, steps: Sampler[Step] | list[Step], *, num_workers: int = 0) -> None:
+        super().__init__(
+            _Steps(store),
+            batch_size=None,  # an item of the data set is a step already
+            sampler=steps,
             collate_fn=list,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
         )
 
-    @property
-    def _iterator(self) -> Any:
-        """Where Lightning, at the end of a run, finds the workers that it stops (as in a DataLoader)."""
-        return self._loader._iterator
 
-    @_iterator.setter
-    def _iterator(self, iterator: None) -> None:
-        self._loader._iterator = iterator
-
-
-class StepLoader(_WorkerLoader):
+class StepLoader(EvaluationLoader):
     """Yields ``list[Batch]``, the micro-batches of one optimiser step on this rank.
 
     Its state counts the steps that the consumer received, not those that workers prepared ahead. Lightning finds
@@ -242,21 +236,12 @@ class StepLoader(_WorkerLoader):
     Lightning creates it before it restores the state and sets the epoch.
     """
 
-    def __init__(self, store: EncodedStore, sampler: StepSampler, *, num_workers: int = 0) -> None:
-        super().__init__(store, sampler, num_workers)
-        self.sampler = sampler
+    sampler: StepSampler
 
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[list[Batch]]:
-        for batches in self._loader:
+    def __iter__(self) -> Iterator[list[Batch]]:  # type: ignore[override]
+        for batches in super().__iter__():
             self.sampler.advance()
             yield batches
-
-    def set_epoch(self, epoch: int) -> None:
-        """Goes to the start of an epoch, unless it is the current one."""
-        self.sampler.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, int]:
         """Where the next step lies."""
@@ -265,16 +250,3 @@ class StepLoader(_WorkerLoader):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes to a saved place."""
         self.sampler.load_state_dict(state)
-
-
-class EvaluationLoader(_WorkerLoader):
-    """Yields ``list[Batch]`` of length 1 in a fixed order (see ``plan_evaluation``)."""
-
-    def __init__(self, store: EncodedStore, steps: list[Step], *, num_workers: int = 0) -> None:
-        super().__init__(store, steps, num_workers)
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[list[Batch]]:
-        return iter(self._loader)

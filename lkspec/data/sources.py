@@ -9,12 +9,12 @@ from pathlib import Path
 from lkspec.data.tiny import tiny_rows
 
 
-def rows_of(path: str, split: str) -> Iterator[tuple[str, str, object]]:
+def rows_of(path: str) -> Iterator[tuple[str, str, object]]:
     """(place for messages, default id, row or undecoded line) of every row of a path."""
     if path.startswith("tiny:"):
         return _numbered(path, tiny_rows(path))
     files = local_files(path)
-    return _numbered(f"{path} [{split}]", _hub_rows(path, split)) if files is None else _lines(files)
+    return _numbered(f"{path} [train]", _hub_rows(path)) if files is None else _lines(files)
 
 
 def local_files(path: str) -> list[Path] | None:
@@ -68,13 +68,13 @@ def embedded_path(name: str) -> Path:
     return folder / name
 
 
-def _hub_rows(path: str, split: str) -> Iterable[object]:
+def _hub_rows(path: str) -> Iterable[object]:
     from datasets import load_dataset  # slow to import, and only needed here
 
     try:
-        return load_dataset(path, split=split)
+        return load_dataset(path, split="train")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path}: expected a .jsonl file, a folder of them or the id of a hub data set with the split {split!r}; "
+            f"{path}: expected a .jsonl file, a folder of them or the id of a hub data set with the split 'train'; "
             f"nothing lies there locally, and the hub says: {f'{type(error).__name__}: {error}'.splitlines()[0]}"
         ) from error

@@ -1,18 +1,32 @@
-"""Conversations of a path, tokenised: read from the cache, or encoded one by one."""
+"""Conversations as tokens: those of a path, read from the cache or encoded one by one, and those of a run."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from lkspec.data.chat import encode_conversation
 from lkspec.data.conversations import BadRows, OnBadRow, read_conversations
-from lkspec.data.dataset import EncodedStore
-from lkspec.data.token_cache import TokenCache
+from lkspec.data.dataset import EncodedStore, collate
+from lkspec.data.planning import MicroBatch, plan_evaluation
+from lkspec.data.sources import local_files
+from lkspec.files import cache_dir, sha256_of
+from lkspec.types import Batch, text_key
 
 log = logging.getLogger(__name__)
+
+_COMPANY_TOKENS = 16_384  # padded: what fills a GPU
+_MIN_CACHED = 1000  # fewer conversations are tokenised again; at 3 ms each, many would take half an hour in each run
+_CODE = ("chat.py", "conversations.py", "dataset.py", "sources.py")  # what a tokenised conversation depends on
 
 
 @dataclass(frozen=True)
@@ -47,12 +61,13 @@ def read_tokenised(
     Raises:
         ValueError: as ``read_conversations`` and ``encode_conversation``; no conversation left with an answer.
     """
-    cache = TokenCache(path, tokenizer, max_length=max_length, eos_ids=eos_ids)
-    if (known := cache.load()) is not None:
-        return Tokenised(known)
-    read = read_conversations(path, on_bad_row=on_bad_row)
-    store, bad_rows, num_dropped = EncodedStore(), BadRows(on_bad_row), 0
-    for conversation in read.conversations:
+    cached = cache_file(path, tokenizer, max_length=max_length, eos_ids=eos_ids)
+    if cached is not None and cached.is_file():
+        with suppress(SafetensorError):  # a damaged file is made again
+            return Tokenised(EncodedStore.load(cached))
+    bad_rows, store, num_dropped = BadRows(on_bad_row), EncodedStore(), 0
+    conversations = read_conversations(path, bad_rows)
+    for conversation in conversations:
         try:
             one = encode_conversation(tokenizer, conversation, max_length=max_length, eos_ids=eos_ids)
         except ValueError as error:
@@ -64,12 +79,61 @@ def read_tokenised(
             num_dropped += 1
     cut = f"{num_dropped} conversations have no answer within data.max_length={max_length}"
     if len(store) == 0:
-        raise ValueError(f"{path}: none of {len(read.conversations)} is left: {cut}, {bad_rows.summary()}")
+        raise ValueError(f"{path}: none of {len(conversations)} is left: {cut}, {bad_rows.summary()}")
     if bad_rows.count:
         log.warning("%s: %s", path, bad_rows.summary())
     if num_dropped:
         log.warning("%s: %s", path, cut)
-    num_bad_rows = read.bad_rows.count + bad_rows.count
-    if not (num_bad_rows or num_dropped):  # what is left out must be said in every run
-        cache.save(store)
-    return Tokenised(store, num_bad_rows, num_dropped)
+    # What is left out must be said in every run.
+    if cached is not None and len(store) >= _MIN_CACHED and not (bad_rows.count or num_dropped):
+        store.save(cached)
+    return Tokenised(store, bad_rows.count, num_dropped)
+
+
+def cache_file(
+    path: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int, eos_ids: tuple[int, ...]
+) -> Path | None:
+    """Where the tokens of a path are kept: by the contents of its files, the tokenizer, the settings and our own code.
+
+    None for hub data sets, for made-up ones and for slow tokenizers.
+    """
+    files = local_files(path)
+    if not files or not tokenizer.is_fast:
+        return None
+    depends = {
+        "files": [(file.stem, sha256_of(file)) for file in files],
+        "code": [sha256_of(Path(__file__).with_name(name)) for name in _CODE],
+        "tokenizer": [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template],
+        "settings": [max_length, list(eos_ids)],
+    }
+    digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+    return cache_dir() / "tokenised" / f"{digest[:32]}.safetensors"
+
+
+@dataclass
+class EncodedData:
+    """A run's conversations: those to train on, beyond a limit on their number too, and the held-out ones.
+
+    Attributes:
+        num_bad_rows, num_dropped: as in ``Tokenised``, of all of its paths.
+    """
+
+    train: EncodedStore = field(default_factory=EncodedStore)
+    validation: EncodedStore = field(default_factory=EncodedStore)
+    num_bad_rows: int = 0
+    num_dropped: int = 0
+
+    def company(self, max_tokens: int = _COMPANY_TOKENS) -> Callable[[str], Batch | None]:
+        """By a conversation's ``text_key``, the batch of conversations about as long in which a GPU always reads it."""
+        batches: dict[str, tuple[EncodedStore, MicroBatch]] = {}
+        for store in (self.train, self.validation):
+            limit = max([max_tokens, *store.lengths])
+            steps = plan_evaluation(store.lengths, range(len(store)), max_tokens=limit, num_replicas=1, rank=0)
+            for (batch,) in steps:
+                batches |= {text_key(torch.tensor(store[index].tokens)): (store, batch) for (index,) in batch}
+
+        def company_of(key: str) -> Batch | None:
+            store, batch = batches.get(key, (None, []))
+            return None if store is None else collate([[store[index] for index in row] for row in batch])
+
+        return company_of

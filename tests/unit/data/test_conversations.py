@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import json
-import logging
 
 import pytest
 
 from lkspec.data import sources
-from lkspec.data.conversations import Conversation, Message, parse_row, read_conversations
+from lkspec.data.conversations import BadRows, Conversation, Message, parse_row, read_conversations
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
 PAIR = (Message("user", "Hi"), Message("assistant", "Hello."))
@@ -58,7 +57,7 @@ def test_formats_are_told_apart_row_by_row_and_other_fields_are_kept(tmp_path):
         },
         {**GOOD, "id": None, "temperature": None},
     ]
-    read = read_conversations(write_rows(tmp_path / "mixed.jsonl", rows)).conversations
+    read = read_conversations(write_rows(tmp_path / "mixed.jsonl", rows))
     assert [(c.id, c.temperature) for c in read] == [("a", 0.0), ("7", 0.7), ("mixed:3", None)]
     assert [c.messages[-1].finish_reason for c in read] == [None, "length", None]
 
@@ -111,14 +110,14 @@ def test_a_bad_row_is_an_error_with_file_line_and_reason(tmp_path, row, reason):
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD_ROWS, ids=lambda value: value[:30] if isinstance(value, str) else "row")
-def test_a_bad_row_can_be_skipped_counted_and_reported(tmp_path, caplog, row, reason):
+def test_a_bad_row_can_be_skipped_and_counted(tmp_path, row, reason):
     path = write_rows(tmp_path / "bad.jsonl", [{**GOOD, "id": "first"}, row, {**GOOD, "id": "last"}])
-    with caplog.at_level(logging.WARNING):
-        read = read_conversations(path, on_bad_row="skip")
-    assert [c.id for c in read.conversations] == ["first", "last"]
-    assert read.bad_rows.count == 1
-    assert len(read.bad_rows.reasons) == 1
-    assert "bad.jsonl:2" in caplog.text
+    bad_rows = BadRows("skip")
+    assert [c.id for c in read_conversations(path, bad_rows)] == ["first", "last"]
+    assert bad_rows.count == 1
+    assert len(bad_rows.reasons) == 1
+    assert "1 bad rows left out" in bad_rows.summary()
+    assert "bad.jsonl:2" in bad_rows.summary()
 
 
 def test_a_line_that_is_not_utf8_is_a_bad_row(tmp_path):
@@ -130,16 +129,17 @@ def test_a_line_that_is_not_utf8_is_a_bad_row(tmp_path):
 
 def test_only_the_first_reasons_are_kept_but_all_rows_counted(tmp_path):
     path = write_rows(tmp_path / "x.jsonl", [*["[]"] * 20, GOOD])
-    read = read_conversations(path, on_bad_row="skip")
-    assert read.bad_rows.count == 20
-    assert len(read.bad_rows.reasons) == 5
+    bad_rows = BadRows("skip")
+    read_conversations(path, bad_rows)
+    assert bad_rows.count == 20
+    assert len(bad_rows.reasons) == 5
 
 
 def test_a_folder_is_read_in_the_order_of_names_and_ids_are_unique_over_its_files(tmp_path):
     write_rows(tmp_path / "b.jsonl", [GOOD])
     write_rows(tmp_path / "a.jsonl", [GOOD, GOOD])
     (tmp_path / "notes.txt").write_text("not data")
-    assert [c.id for c in read_conversations(str(tmp_path)).conversations] == ["a:1", "a:2", "b:1"]
+    assert [c.id for c in read_conversations(str(tmp_path))] == ["a:1", "a:2", "b:1"]
     write_rows(tmp_path / "c.jsonl", [{**GOOD, "id": "a:2"}])
     with pytest.raises(ValueError, match=r"c\.jsonl:1: the id 'a:2' was already used at .*a\.jsonl:2"):
         read_conversations(str(tmp_path))
@@ -150,7 +150,7 @@ def test_nothing_usable_is_an_error_that_says_why(tmp_path):
     with pytest.raises(ValueError, match=r"empty\.jsonl: expected at least one conversation"):
         read_conversations(empty)
     with pytest.raises(ValueError, match=r"1 bad rows left out\n.*no assistant message"):
-        read_conversations(write_rows(tmp_path / "b.jsonl", [{"messages": [user()]}]), on_bad_row="skip")
+        read_conversations(write_rows(tmp_path / "b.jsonl", [{"messages": [user()]}]), BadRows("skip"))
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match=r"expected a folder with .jsonl files"):
         read_conversations(str(tmp_path / "folder"))
@@ -169,7 +169,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         read_conversations(str(tmp_path / "rows.json"))
 
 
-def test_a_hub_data_set_is_read_by_its_id_and_split(monkeypatch):
+def test_a_hub_data_set_is_read_by_its_id(monkeypatch):
     calls = []
 
     def load_dataset(path, *, split):
@@ -177,8 +177,8 @@ def test_a_hub_data_set_is_read_by_its_id_and_split(monkeypatch):
         return [{"conversation": [{"content": "Hi"}], "generated_message": {"content": "Hello."}}, {**GOOD, "id": "b"}]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    read = read_conversations("someone/answers", split="test").conversations
-    assert calls == [("someone/answers", "test")]
+    read = read_conversations("someone/answers")
+    assert calls == [("someone/answers", "train")]
     assert [(c.id, c.messages) for c in read] == [("row:1", PAIR), ("b", PAIR)]
 
 
@@ -196,23 +196,23 @@ def test_a_hub_error_says_what_was_expected(monkeypatch, error):
     assert "long story" not in str(caught.value)
 
 
-def test_on_bad_row_is_checked(tmp_path):
+def test_on_bad_row_is_checked():
     with pytest.raises(ValueError, match=r"data.on_bad_row: expected 'error' or 'skip', got 'ignore'"):
-        read_conversations(write_rows(tmp_path / "x.jsonl", [GOOD]), on_bad_row="ignore")
+        BadRows("ignore")
 
 
 def test_embedded_paths_name_packaged_files(tmp_path, monkeypatch):
     (tmp_path / "embedded").mkdir()
     write_rows(tmp_path / "embedded" / "train.jsonl", [GOOD])
     monkeypatch.setattr(sources.importlib.resources, "files", lambda package: {"lkspec.data": tmp_path}[package])
-    assert read_conversations("embedded:train.jsonl").conversations == [Conversation("train:1", PAIR)]
+    assert read_conversations("embedded:train.jsonl") == [Conversation("train:1", PAIR)]
     with pytest.raises(ValueError, match=r"no such packaged data set; there are: train.jsonl"):
         read_conversations("embedded:other.jsonl")
 
 
 def test_tiny_conversations_are_the_same_every_time_and_nested():
-    many, few = (read_conversations(f"tiny:{n}").conversations for n in (64, 8))
-    assert many == read_conversations("tiny:64").conversations
+    many, few = (read_conversations(f"tiny:{n}") for n in (64, 8))
+    assert many == read_conversations("tiny:64")
     assert many[:8] == few
     assert len(many) == 64
     answers = [m.content for c in many for m in c.messages if m.role == "assistant"]

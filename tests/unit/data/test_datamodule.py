@@ -56,7 +56,7 @@ def test_numbers_of_the_training_split_are_those_of_its_conversations(chat):
     data = ready(chat, train="tiny:12")
     expected = [
         encode_conversation(chat.tokenizer, c, max_length=300, eos_ids=chat.eos_ids)
-        for c in read_conversations("tiny:12").conversations
+        for c in read_conversations("tiny:12")
     ]
     counts = Counter(token for e in expected for token, turn in zip(e.tokens, e.turns, strict=True) if turn)
     vocab_size = len(chat.tokenizer)
@@ -95,28 +95,18 @@ def test_validation_conversations_keep_their_temperature(chat, tmp_path):
     cold = write(tmp_path / "t0.jsonl", [row("a", temperature=0), row("b", temperature=0.0)])
     warm = write(tmp_path / "t1.jsonl", [row("a", temperature=1)])
     data = ready(chat, train="tiny:8", validation=[cold, warm])
-    assert [(e.id, e.temperature) for e in data.val_conversations(0.0)] == [("a", 0.0), ("b", 0.0)]
-    assert [(e.id, e.temperature) for e in data.val_conversations(1)] == [("a", 1.0)]
-    with pytest.raises(ValueError, match=r"written at temperature 0.5: there are 0.0, 1.0"):
-        data.val_conversations(0.5)
+    assert [(e.id, e.temperature) for e in data.validation_set] == [("a", 0.0), ("b", 0.0), ("a", 1.0)]
 
 
 def test_a_held_out_share_joins_the_validation_sets(chat, tmp_path):
     cold = write(tmp_path / "t0.jsonl", [row("a", temperature=0)])
     train = write(tmp_path / "train.jsonl", [row(f"c{n}", temperature=1) for n in range(20)])
     data = ready(chat, train=train, validation=cold, val_fraction=0.3)
-    warm = {e.id for e in data.val_conversations(1)}
+    warm = {e.id for e in data.validation_set if e.temperature == 1}
     assert warm == {f"c{n}" for n in range(20) if is_held_out(f"c{n}", fraction=0.3, seed=0)}
-    assert [e.id for e in data.val_conversations(0)] == ["a"]
+    assert [e.id for e in data.validation_set if e.temperature == 0] == ["a"]
     assert not warm & set(data.train_set.ids)
     assert len(warm) + len(data.train_set) == 20
-
-
-def test_conversations_of_unknown_temperature_serve_every_temperature(chat):
-    data = ready(chat, train="tiny:16", val_fraction=0.3)
-    assert data.val_conversations(0.0) == data.val_conversations(1.0)
-    assert len(data.val_conversations(1.0)) == len(data.validation_set)
-    assert ready(chat, train="tiny:8").val_conversations(1.0) == []
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 7])

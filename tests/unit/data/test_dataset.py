@@ -152,7 +152,7 @@ def run(loader, num_epochs):
     """Names of every step of some epochs, each announced by set_epoch as Lightning does."""
     seen = []
     for epoch in range(num_epochs):
-        loader.set_epoch(epoch)
+        loader.sampler.set_epoch(epoch)
         seen.append([names(step) for step in loader])
     return seen
 
@@ -172,7 +172,7 @@ def test_ranks_take_equal_disjoint_shares_and_only_the_tail_is_dropped(num_repli
     ]
     seen, num_batches = [], 0
     for loader in loaders:
-        loader.set_epoch(epoch)
+        loader.sampler.set_epoch(epoch)
         steps = list(loader)
         assert len(steps) == len(loader) == len(loaders[0])
         assert all(len(step) == accumulate for step in steps)
@@ -221,7 +221,7 @@ def test_resuming_after_any_step_goes_on_as_if_nothing_had_happened(num_workers)
     recorder = make_loader(num_workers=num_workers)
     states = [recorder.state_dict()]
     for epoch in range(num_epochs):
-        recorder.set_epoch(epoch)
+        recorder.sampler.set_epoch(epoch)
         for _ in recorder:
             states.append(recorder.state_dict())
     resumed = make_loader(num_workers=num_workers)  # one loader, resumed over and over: workers are kept
@@ -229,7 +229,7 @@ def test_resuming_after_any_step_goes_on_as_if_nothing_had_happened(num_workers)
         resumed.load_state_dict(state)
         rest = []
         for epoch in range(done // steps_per_epoch, num_epochs):
-            resumed.set_epoch(epoch)
+            resumed.sampler.set_epoch(epoch)
             assert len(resumed) == steps_per_epoch
             rest += [names(step) for step in resumed]
         assert rest == flat[done:], done
@@ -243,7 +243,7 @@ def test_a_state_saved_after_the_last_step_is_the_start_of_the_next_epoch():
     assert (state["epoch"], state["step"]) == (1, 0)
     again = make_loader()
     again.load_state_dict(state)
-    again.set_epoch(1)
+    again.sampler.set_epoch(1)
     assert [names(step) for step in again] == run(make_loader(), 2)[1]
 
 
@@ -252,7 +252,7 @@ def test_an_epoch_left_early_starts_anew_under_the_next_number():
     iterator = iter(loader)
     for _ in range(3):
         next(iterator)
-    loader.set_epoch(1)
+    loader.sampler.set_epoch(1)
     assert [names(step) for step in loader] == run(make_loader(), 2)[1]
 
 

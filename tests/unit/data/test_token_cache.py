@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from lkspec.data import token_cache, tokenised
+from lkspec.data import tokenised
 from lkspec.data.datamodule import SpeculatorDataModule
 from lkspec.data.dataset import EncodedStore
-from lkspec.data.token_cache import TokenCache
+from lkspec.data.tokenised import cache_file
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def chat(make_chat):
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LKSPEC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(token_cache, "_MIN_CONVERSATIONS", 2)
+    monkeypatch.setattr(tokenised, "_MIN_CACHED", 2)
 
 
 def write(path, *answers):
@@ -70,20 +70,20 @@ def test_whatever_tokens_depend_on_has_a_place_of_its_own(chat, make_chat, tmp_p
     settings = {"max_length": 300, "eos_ids": chat.eos_ids}
 
     def place(tokenizer=chat.tokenizer, **changed):
-        return TokenCache(path, tokenizer, **{**settings, **changed}).file
+        return cache_file(path, tokenizer, **{**settings, **changed})
 
     places = [place(), place(max_length=200), place(eos_ids=(1,)), place(tokenizer=make_chat("llama3").tokenizer)]
     assert place() == places[0]
     write(tmp_path / "x.jsonl", "Yes.", "Not.")
     places.append(place())
-    monkeypatch.setattr(token_cache, "sha256_of", lambda file: "other code")
+    monkeypatch.setattr(tokenised, "sha256_of", lambda file: "other code")
     places.append(place())
     assert len(set(places)) == len(places)
 
 
 def test_small_incomplete_and_remote_data_are_not_kept(chat, tmp_path):
-    assert TokenCache("tiny:8", chat.tokenizer, max_length=300, eos_ids=chat.eos_ids).file is None
-    assert TokenCache("org/data", chat.tokenizer, max_length=300, eos_ids=chat.eos_ids).file is None
+    assert cache_file("tiny:8", chat.tokenizer, max_length=300, eos_ids=chat.eos_ids) is None
+    assert cache_file("org/data", chat.tokenizer, max_length=300, eos_ids=chat.eos_ids) is None
     read(chat, write(tmp_path / "one.jsonl", "Yes."))
     left_out = write(tmp_path / "bad.jsonl", "Yes.", "No.", "x <|im_end|> y")
     for _ in range(2):  # said in every run
