@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lkspec.drafts.base import Draft
 from lkspec.losses.fused.in_forward import InForward
-from lkspec.losses.objectives import Comparison, Objective, masked_sums, reduce_loss
+from lkspec.losses.objectives import Comparison, Objective, depth_weights, masked_sums, reduce_loss
 from lkspec.measure.benchmark import Measurement
 from lkspec.measure.walk import walk_rows
 from lkspec.runs.walk_rows import WalkRow
@@ -88,7 +88,7 @@ class SpeculatorModule(LightningModule):
         self._target_head = target_head
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
-        scheduler(optimizer(self._trainable()), 1)  # refuses bad arguments now
+        self._refuse_bad_arguments(gamma, chunk_size)
         self.gamma, self.gradient_clip = gamma, gradient_clip
         self._chunk_size = chunk_size
         self._walk_depths = walk_depths or draft.num_depths
@@ -103,6 +103,13 @@ class SpeculatorModule(LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self._make_optimizer(self._trainable())
         return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer, self._num_steps())}
+
+    def _refuse_bad_arguments(self, gamma: float, chunk_size: int | None) -> None:
+        """What the first step would refuse: by then a run folder is there."""
+        self._make_scheduler(self._make_optimizer(self._trainable()), 1)
+        depth_weights(self.draft.num_depths, gamma)
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size: expected at least 1 target row, got {chunk_size}")
 
     def _trainable(self) -> list[Tensor]:
         return [parameter for parameter in self.draft.parameters() if parameter.requires_grad]
