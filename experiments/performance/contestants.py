@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lkspec.losses.fused.in_forward import InForward
-from lkspec.losses.fused.token_stats import fused_token_stats
+from lkspec.losses.fused.token_stats import token_stats
 from lkspec.losses.objectives import Objective, depth_weights, reduce_loss
 from lkspec.types import LinearHead
 from lkspec.vocab import DraftVocab
@@ -69,7 +69,7 @@ def fused(case: Case, objective: Objective, *, in_forward: bool) -> Callable[[],
     heads, target_head = [LinearHead(case.weight)] * case.num_depths, LinearHead(case.target_weight)
 
     def run() -> Tensor:
-        stats = fused_token_stats(
+        stats = token_stats(
             case.hidden, heads, case.target_hidden, target_head, case.vocab, case.tokens, case.mask,
             in_forward=promised, row_value=objective.row_value,
         )  # fmt: skip

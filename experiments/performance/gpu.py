@@ -32,7 +32,7 @@ from lkspec.losses.fused import torch_rows, triton_rows
 from lkspec.losses.fused.in_forward import InForward
 from lkspec.losses.fused.scratch import Scratch
 from lkspec.losses.fused.target_rows import Logits
-from lkspec.losses.fused.token_stats import fused_token_stats
+from lkspec.losses.fused.token_stats import token_stats
 from lkspec.losses.objectives import LKAlpha, LKLambda, masked_sums, reduce_loss
 from lkspec.losses.target_filter import TargetFilter
 from lkspec.types import Batch, DecoderDims, LinearHead, TargetSpec, TargetStates
@@ -297,7 +297,7 @@ class LinearCase:
 
     def step(self, *, in_forward: bool) -> None:
         """Forward and backward: lk_alpha in forward, adaptive lk_lambda by recomputation."""
-        stats = fused_token_stats(
+        stats = token_stats(
             self.hidden,
             [LinearHead(self.weight)] * len(self.mask),
             self.target_hidden,
@@ -416,7 +416,7 @@ class Training:
         with torch.autocast(self.device.type, BF16):
             hidden = self.draft.unroll(self.batch, self.states)
             heads = [self.draft.head(depth) for depth in range(1, len(mask) + 1)]
-            stats = fused_token_stats(
+            stats = token_stats(
                 hidden, heads, self.states.last, self.head, self.draft.vocab, self.batch.tokens, mask,
                 in_forward=InForward.of(objective, counts),
             )  # fmt: skip

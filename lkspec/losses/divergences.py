@@ -10,17 +10,13 @@ NaN then, and every loss and gradient stays finite; where the true value is infi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from lkspec.losses.fused.served_rows import served_rows
 from lkspec.losses.target_filter import TargetFilter
-from lkspec.types import LinearHead, TokenStats
 from lkspec.vocab import DraftVocab
 
 #: Stands for log 0 where a finite number is needed: its exp is 0 in float32 and in float64.
@@ -67,123 +63,19 @@ def logit_stats(
     Raises:
         ValueError: a temperature that is not positive or not one a row, top_k or top_p out of range.
     """
-    _check_temperature(temperature, tokens)
+    check_temperature(temperature, tokens)
     with torch.no_grad():
-        target = _target_logprobs(target_logits, vocab, temperature, TargetFilter(top_k, top_p))
-    return _row_stats(draft_logits, target, tokens, vocab, temperature, row_value)
-
-
-def token_stats(
-    hidden: Float[Tensor, "K B T H"],
-    heads: Sequence[LinearHead],
-    target_hidden: Float[Tensor, "B T Ht"],
-    target_head: LinearHead,
-    vocab: DraftVocab,
-    tokens: Int[Tensor, "B T"],
-    mask: Bool[Tensor, "K B T"],
-    *,
-    temperature: float | Float[Tensor, "B T"] = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    row_value: RowValue | None = None,
-    chunk_size: int = 1024,
-) -> TokenStats:
-    """Statistics of every supervised (depth, row, anchor), from hidden states.
-
-    Equivalent to, wherever ``mask[k-1, b, t]`` is set (0-based t)::
-
-        logit_stats(heads[k-1].logits(hidden[k-1, b, t]), target_head.logits(target_hidden[b, t + k]),
-                    tokens[b, t + k + 1], vocab)
-
-    but in chunks of TARGET rows: row r serves anchor r - k at every depth k, so the target's logits are
-    computed once for all K depths, and only for rows that some depth needs. Where the mask is 0 the statistics and
-    the gradients are exactly zero, whatever the hidden states hold there. Autograd keeps [rows, D] activations of all
-    chunks; ``fused_token_stats`` gives the same numbers and keeps none.
-
-    Args:
-        hidden: the draft's hidden states, which multiply its heads.
-        heads: entry k - 1 for depth k; may be one object repeated.
-        target_hidden: ``TargetStates.last``.
-        target_head: the target's head.
-        vocab: which target tokens the draft can propose.
-        tokens: the text, as target ids.
-        mask: ``Batch.depth_mask(K)``, or a part of it.
-        temperature: divides both logits; a tensor has one for each target row, ``temperature[b, t + k]`` above.
-        top_k, top_p: filter p alone, see ``TargetFilter``.
-        row_value: a form (b) objective; its values land in ``TokenStats.row_value``.
-        chunk_size: target rows a chunk.
-
-    Raises:
-        ValueError: heads that are not one a depth, a chunk size below 1, a temperature that is not positive or not one
-            a target row, top_k or top_p out of range.
-    """
-    check_arguments(hidden, heads, chunk_size, temperature, tokens)
-    target_filter = TargetFilter(top_k, top_p)
-    served = served_rows(mask)
-    temperatures = torch.as_tensor(temperature, dtype=torch.float64, device=mask.device)
-    temperatures = temperatures.expand(tokens.shape).flatten()[served.rows]
-    # Masked-off entries become zeros BEFORE any arithmetic, so that a NaN there meets neither a value nor a gradient.
-    picked = hidden.flatten(0, 2).index_select(0, served.anchors.flatten()).unflatten(0, served.needed.shape)
-    picked = picked.masked_fill(~served.needed[..., None], 0.0)
-    # split, not slices: the backward of a slice would fill a gradient of full size once a chunk.
-    pieces = (
-        picked.split(chunk_size, dim=1),
-        target_hidden.flatten(0, 1)[served.rows].split(chunk_size),
-        tokens.flatten()[served.rows + 1].split(chunk_size),
-        temperatures.split(chunk_size),
-    )
-    chunks = []
-    for draft_rows, target_rows, text, divisor in zip(*pieces, strict=True):
-        with torch.no_grad():
-            target = _target_logprobs(target_head.logits(target_rows), vocab, divisor, target_filter)
-        stats = partial(_row_stats, target=target, tokens=text, vocab=vocab, temperature=divisor, row_value=row_value)
-        depths = [stats(head.logits(rows)) for head, rows in zip(heads, draft_rows, strict=True)]
-        chunks.append({name: torch.stack([depth[name] for depth in depths]) for name in depths[0]})
-    placed = {name: served.place(torch.cat([chunk[name] for chunk in chunks], dim=1), mask) for name in chunks[0]}
-    return TokenStats(mask=mask, **placed)
-
-
-class _TargetLogprobs(NamedTuple):
-    """The target's side of rows, shared by all depths.
-
-    Attributes:
-        logp: log p over the draft vocabulary, with the full-vocabulary denominator; may hold -inf.
-        log_coverage: log of p's mass there; -inf where there is none.
-        top1: target id of argmax p over the full vocabulary.
-    """
-
-    logp: Float[Tensor, "*rows D"]
-    log_coverage: Float[Tensor, "*rows"]
-    top1: Int[Tensor, "*rows"]
-
-
-def _target_logprobs(
-    logits: Float[Tensor, "*rows V"],
-    vocab: DraftVocab,
-    temperature: float | Float[Tensor, "*rows"],
-    target_filter: TargetFilter,
-) -> _TargetLogprobs:
-    logits = target_filter(_tempered(logits, temperature))
-    logp = vocab.restrict(logits) - logits.logsumexp(-1, keepdim=True)
-    return _TargetLogprobs(logp, logp.logsumexp(-1), logits.argmax(-1))
-
-
-def _row_stats(
-    draft_logits: Float[Tensor, "*rows D"],
-    target: _TargetLogprobs,
-    tokens: Int[Tensor, "*rows"],
-    vocab: DraftVocab,
-    temperature: float | Float[Tensor, "*rows"],
-    row_value: RowValue | None,
-) -> dict[str, Float[Tensor, "*rows"]]:
+        target_logits = TargetFilter(top_k, top_p)(_tempered(target_logits, temperature))
+        logp = vocab.restrict(target_logits) - target_logits.logsumexp(-1, keepdim=True)
+        log_coverage = logp.logsumexp(-1)
     logq = _tempered(draft_logits, temperature).log_softmax(-1)
     at_token = vocab.to_draft(tokens).clamp(min=0)[..., None]
-    log_accept = (logq.gather(-1, at_token) - target.logp.gather(-1, at_token)).squeeze(-1)
-    stats = row_divergences(logq, target.logp, target.log_coverage)
-    stats |= text_stats(log_accept, logq.argmax(-1), target.top1, tokens, vocab)
-    stats["coverage"] = target.log_coverage.exp()
+    log_accept = (logq.gather(-1, at_token) - logp.gather(-1, at_token)).squeeze(-1)
+    stats = row_divergences(logq, logp, log_coverage)
+    stats |= text_stats(log_accept, logq.argmax(-1), target_logits.argmax(-1), tokens, vocab)
+    stats["coverage"] = log_coverage.exp()
     if row_value is not None:
-        stats["row_value"] = row_value(target.logp, logq)
+        stats["row_value"] = row_value(logp, logq)
     return stats
 
 
@@ -226,27 +118,12 @@ def _tempered(
     return logits / (temperature[..., None].to(logits) if isinstance(temperature, Tensor) else temperature)
 
 
-def check_arguments(
-    hidden: Tensor,
-    heads: Sequence[LinearHead],
-    chunk_size: int,
-    temperature: float | Float[Tensor, "B T"],
-    tokens: Int[Tensor, "B T"],
-) -> None:
-    """Refuses what neither form of the statistics can use.
+def check_temperature(temperature: float | Tensor, tokens: Int[Tensor, "*rows"]) -> None:
+    """Refuses what no logits can be divided by.
 
     Raises:
-        ValueError: heads that are not one a depth, a chunk size below 1, a temperature that is not positive or not one
-            a target row.
+        ValueError: a temperature that is not positive, or neither one number nor one for each of the tokens.
     """
-    if len(heads) != len(hidden):
-        raise ValueError(f"heads: expected one a depth, {len(hidden)}, got {len(heads)}; repeat a head that is shared")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1 target row, got {chunk_size}")
-    _check_temperature(temperature, tokens)
-
-
-def _check_temperature(temperature: float | Tensor, tokens: Int[Tensor, "*rows"]) -> None:
     values = torch.as_tensor(temperature)
     if values.dim() > 0 and values.shape != tokens.shape:
         raise ValueError(f"temperature: expected one number or {tuple(tokens.shape)}, got {tuple(values.shape)}")

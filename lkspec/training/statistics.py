@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lkspec.drafts.base import Draft
-from lkspec.losses.fused.token_stats import fused_token_stats
+from lkspec.losses.fused.token_stats import token_stats
 from lkspec.types import Batch, LinearHead, TargetStates, TokenStats
 
 
@@ -19,9 +19,9 @@ def draft_stats(
     sharpness: float = 1.0,
     **options: Any,
 ) -> TokenStats:
-    """Statistics of every supervised token of a batch, of q^sharpness; ``options`` as in ``fused_token_stats``."""
+    """Statistics of every supervised token of a batch, of q^sharpness; ``options`` as in ``token_stats``."""
     hidden = draft.unroll(batch, states, num_depths)
-    return fused_token_stats(
+    return token_stats(
         hidden,
         [draft.head(depth).sharpened(sharpness) for depth in range(1, len(hidden) + 1)],
         states.last,

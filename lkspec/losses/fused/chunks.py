@@ -53,7 +53,7 @@ class Chunks:
     Attributes:
         learns: whether anything will ask for gradients.
         summary: of the target's logits at every slot [B, T]; None where p is read over the whole vocabulary.
-        Others: as ``fused_token_stats`` describes them.
+        Others: as ``token_stats`` describes them.
     """
 
     heads: tuple[LinearHead, ...]

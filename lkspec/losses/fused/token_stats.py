@@ -1,6 +1,6 @@
 """``token_stats`` from hidden states without any [tokens, vocabulary] tensor that outlives its chunk.
 
-The same statistics as ``divergences.token_stats``, the readable definition, as one ``torch.autograd.Function`` that
+The same statistics as ``divergences.logit_stats``, the readable definition, as one ``torch.autograd.Function`` that
 goes through chunks of target rows. Row r serves anchor r - k at every depth k, so the target's logits are computed once
 for all K depths. Two ways to the gradient, the same numbers:
 
@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lkspec.losses.divergences import RowValue, check_arguments
+from lkspec.losses.divergences import RowValue, check_temperature
 from lkspec.losses.fused import torch_rows
 from lkspec.losses.fused.chunks import ChunkPass, Chunks, chunk_rows, products_span_depths
 from lkspec.losses.fused.head_gradients import HeadGradients
@@ -43,7 +43,7 @@ _STATS = ("kl", "reverse_kl", "log_alpha", "accept_prob", "top1", "hit", "covera
 _DIFFERENTIABLE = ("kl", "reverse_kl", "log_alpha")
 
 
-def fused_token_stats(
+def token_stats(
     hidden: Float[Tensor, "K B T H"],
     heads: Sequence[LinearHead],
     target_hidden: Float[Tensor, "B T Ht"],
@@ -60,12 +60,26 @@ def fused_token_stats(
     in_forward: InForward | None = None,
     chunk_size: int | None = None,
 ) -> TokenStats:
-    """The statistics of ``token_stats`` at bounded memory; kl, reverse_kl and log_alpha carry gradients, once.
+    """Statistics of every supervised (depth, row, anchor), from hidden states, at bounded memory.
+
+    Equivalent to, wherever ``mask[k-1, b, t]`` is set (0-based t)::
+
+        logit_stats(heads[k-1].logits(hidden[k-1, b, t]), target_head.logits(target_hidden[b, t + k]),
+                    tokens[b, t + k + 1], vocab)
+
+    Where the mask is 0 the statistics and the gradients are exactly zero, whatever the hidden states hold there.
+    kl, reverse_kl and log_alpha carry gradients, once.
 
     Args:
-        hidden, heads, target_hidden, target_head, vocab, tokens, mask: as in ``token_stats``. A mask on the host spares
-            waiting for the device that the others are on.
-        temperature, top_k, top_p: as in ``token_stats``; backward filters again.
+        hidden: the draft's hidden states, which multiply its heads.
+        heads: entry k - 1 for depth k; may be one object repeated.
+        target_hidden: ``TargetStates.last``.
+        target_head: the target's head.
+        vocab: which target tokens the draft can propose.
+        tokens: the text, as target ids.
+        mask: ``Batch.depth_mask(K)``, or a part of it; on the host it spares waiting for the device of the others.
+        temperature: divides both logits; a tensor has one for each target row, ``temperature[b, t + k]`` above.
+        top_k, top_p: filter p alone, see ``TargetFilter``; backward filters again.
         target_summary: what ``target_hidden``'s logits come to, [B, T]: spares their products with the head outside a
             truncated draft vocabulary. Not read where p is filtered or of another temperature than 1.
         row_value: a form (b) objective; its values, ``TokenStats.row_value``, carry gradients too. Its own arithmetic
@@ -75,12 +89,17 @@ def fused_token_stats(
         chunk_size: target rows a chunk; None derives it from a memory budget, see ``chunk_rows``.
 
     Raises:
-        ValueError: as ``token_stats``.
+        ValueError: heads that are not one a depth, a chunk size below 1, a temperature that is not positive or not one
+            a target row, top_k or top_p out of range.
     """
     target_filter = TargetFilter(top_k, top_p)
     if chunk_size is None:
         chunk_size = chunk_rows(vocab, len(heads), hidden.device, filtered=target_filter.is_on)
-    check_arguments(hidden, heads, chunk_size, temperature, tokens)
+    if len(heads) != len(hidden):
+        raise ValueError(f"heads: expected one a depth, {len(hidden)}, got {len(heads)}; repeat a head that is shared")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1 target row, got {chunk_size}")
+    check_temperature(temperature, tokens)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(hidden.device)
     if vocab.is_full or target_filter.is_on or isinstance(temperature, Tensor) or temperature != 1.0:

@@ -1,4 +1,4 @@
-"""Inputs for tests of ``fused_token_stats``, and what its results are compared with."""
+"""Inputs for tests of ``token_stats``, and what its results are compared with."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from naive_stats import naive_stats
 from torch import Tensor
 
-from lkspec.losses.divergences import token_stats
+from lkspec.losses.divergences import logit_stats
 from lkspec.losses.fused.head_summary import head_summary
 from lkspec.losses.fused.in_forward import InForward
-from lkspec.losses.fused.token_stats import fused_token_stats
+from lkspec.losses.fused.token_stats import token_stats
 from lkspec.losses.objectives import Objective
 from lkspec.types import Batch, HeadSummary, LinearHead, TokenStats
 from lkspec.vocab import DraftVocab
@@ -63,11 +63,27 @@ class Case:
     def arguments(self) -> tuple[Any, ...]:
         return self.hidden, self.heads, self.target_hidden, self.target_head, self.vocab, self.tokens, self.mask
 
-    def reference(self, **options: Any) -> TokenStats:
-        return token_stats(*self.arguments, **options)
+    def reference(self, temperature: float | Tensor = 1.0, **options: Any) -> TokenStats:
+        """``logit_stats`` of each depth's anchors; zeros where the mask is 0."""
+        temperatures = torch.as_tensor(temperature, dtype=torch.float64).expand(self.tokens.shape)
+        depths = []
+        for depth, (mask, head) in enumerate(zip(self.mask, self.heads, strict=True)):
+            rows, anchors = mask.nonzero().unbind(1)
+            stats = logit_stats(
+                head.logits(self.hidden[depth][mask]),
+                self.target_head.logits(self.target_hidden[rows, anchors + depth + 1]),
+                self.tokens[rows, anchors + depth + 2],
+                self.vocab,
+                temperature=temperatures[rows, anchors + depth + 1],
+                **options,
+            )
+            depths.append(
+                {name: value.new_zeros(mask.shape).masked_scatter(mask, value) for name, value in stats.items()}
+            )
+        return TokenStats(mask=self.mask, **{name: torch.stack([one[name] for one in depths]) for name in depths[0]})
 
     def fused(self, **options: Any) -> TokenStats:
-        return fused_token_stats(*self.arguments, **options)
+        return token_stats(*self.arguments, **options)
 
     @property
     def summary(self) -> HeadSummary:

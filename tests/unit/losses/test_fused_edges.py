@@ -1,4 +1,4 @@
-"""fused_token_stats at the edges: infinities, underflow, masked-off entries, and what it refuses."""
+"""token_stats at the edges: infinities, underflow, masked-off entries, and what it refuses."""
 
 from __future__ import annotations
 

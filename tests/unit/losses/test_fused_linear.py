@@ -1,4 +1,4 @@
-"""fused_token_stats against the readable form, and against loops and closed forms in float64."""
+"""token_stats against the readable form, and against loops and closed forms in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fused_token_stats keeps between forward and backward, what it ever makes, and how often it multiplies."""
+"""What token_stats keeps between forward and backward, what it ever makes, and how often it multiplies."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def form_b_in_one_pass(case: Case) -> Tensor:
 
 
 def readable(case: Case) -> Tensor:
-    return weighted(as_dict(case.reference(chunk_size=CHUNK)))
+    return weighted(as_dict(case.reference()))
 
 
 every_way = pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def place(request: pytest.FixtureRequest) -> Place:
 
 @pytest.fixture
 def chosen(place: Place, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """``fused_token_stats`` runs on the Triton functions, whatever the device."""
+    """``token_stats`` runs on the Triton functions, whatever the device."""
     monkeypatch.setattr(fused_linear, "row_functions", lambda chunks, device: place.rows)
     return place
 
@@ -271,7 +271,7 @@ def test_default_tiles_are_powers_of_two(place: Place, width: int):
     assert tile.rows * tile.lanes >= 32 * tile.num_warps
 
 
-# All of fused_token_stats through them.
+# All of token_stats through them.
 
 
 def moved(case: Case, device: str) -> Case:

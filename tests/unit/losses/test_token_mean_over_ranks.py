@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from lkspec.losses.divergences import token_stats
+from lkspec.losses.fused.token_stats import token_stats
 from lkspec.losses.objectives import LKLambda, masked_sums, reduce_loss
 from lkspec.types import LinearHead
 from lkspec.vocab import DraftVocab

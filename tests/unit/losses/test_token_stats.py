@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import pytest
 import torch
 from naive_stats import naive_stats
 from torch import Tensor
 
-from lkspec.losses.divergences import token_stats
+from lkspec.losses.fused.token_stats import token_stats
 from lkspec.losses.objectives import JensenShannon, jensen_shannon
 from lkspec.types import Batch, LinearHead, TokenStats
 from lkspec.vocab import DraftVocab
@@ -79,7 +79,7 @@ def naive(case: Case, temperature: Tensor | None = None) -> dict[str, Tensor]:
 
 def gradients(case: Case, stats: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """Of a loss that weighs every entry of every differentiable statistic differently."""
-    names = ("kl", "reverse_kl", "log_alpha", "accept_prob")
+    names = ("kl", "reverse_kl", "log_alpha")
     loss = sum((stats[name] * normal(K, B, T, seed=20 + i)).sum() for i, name in enumerate(names))
     return torch.autograd.grad(loss, case.leaves)
 
@@ -164,24 +164,6 @@ def test_row_value_runs_over_the_same_chunks():
     for one, two in zip(ours, theirs, strict=True):
         assert torch.allclose(one, two, atol=1e-10)
     assert case.stats().row_value is None
-
-
-@dataclass(frozen=True)
-class CountingHead(LinearHead):
-    rows: list[int] = field(default_factory=list)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        self.rows.append(hidden.shape[:-1].numel())
-        return super().logits(hidden)
-
-
-def test_target_logits_are_computed_once_for_all_depths():
-    case = make_case()
-    counting = CountingHead(case.target_head.weight)
-    token_stats(case.hidden, case.heads, case.target_hidden, counting, VOCAB, case.tokens, case.mask, chunk_size=4)
-    needed = {(row, anchor + depth + 1) for depth, row, anchor in case.mask.nonzero().tolist()}
-    assert sum(counting.rows) == len(needed)
-    assert max(counting.rows) == 4
 
 
 def test_no_gradient_reaches_the_target():
