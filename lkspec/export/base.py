@@ -43,35 +43,25 @@ class WriteOptions:
 
 
 class Reader:
-    """A checkpoint's tensors by the format's own names; ``canonical`` gives that of a stored one, None if it has none.
+    """Reads a checkpoint's tensors by the format's own names, and notes which.
+
+    Attributes:
+        stored: the format's name of each tensor -> that in the files.
 
     Raises:
         ValueError: one tensor under two names.
     """
 
     def __init__(self, folder: TensorFolder, canonical: Callable[[str], str | None]) -> None:
-        self._folder = folder
-        self._stored: dict[str, str] = {}
+        self.folder = folder
+        self.stored: dict[str, str] = {}
         self._read: set[str] = set()
         for stored in sorted(folder.files):
             name = canonical(stored)
-            if name in self._stored:
-                raise ValueError(f"{folder.path}: {self._stored[name]} and {stored} are the same tensor of this format")
+            if name in self.stored:
+                raise ValueError(f"{folder.path}: {self.stored[name]} and {stored} are the same tensor of this format")
             if name is not None:
-                self._stored[name] = stored
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._stored
-
-    @property
-    def names(self) -> list[str]:
-        """All names, the format's own."""
-        return list(self._stored)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """``config.json``."""
-        return self._folder.config
+                self.stored[name] = stored
 
     def get(self, name: str) -> Tensor:
         """One tensor.
@@ -80,7 +70,7 @@ class Reader:
             ValueError: it is missing.
         """
         self._read.add(name)
-        return self._folder.get(self._stored.get(name, name))
+        return self.folder.get(self.stored.get(name, name))
 
     def finish(self, ignored: Iterable[str]) -> None:
         """Refuses what was neither read nor matches a pattern of ``ignored``.
@@ -88,10 +78,10 @@ class Reader:
         Raises:
             ValueError: names it.
         """
-        known = {name for pattern in ignored for name in fnmatch.filter(self._stored, pattern)} | self._read
-        unread = [stored for name, stored in self._stored.items() if name not in known]
+        known = {name for pattern in ignored for name in fnmatch.filter(self.stored, pattern)} | self._read
+        unread = [stored for name, stored in self.stored.items() if name not in known]
         if unread:
-            raise ValueError(f"{self._folder.path}: no place for {', '.join(unread[:5])} ({len(unread)} in all)")
+            raise ValueError(f"{self.folder.path}: no place for {', '.join(unread[:5])} ({len(unread)} in all)")
 
 
 class Layout(ABC):
@@ -209,7 +199,7 @@ class Layout(ABC):
 
     def read(self, reader: Reader, name: str, draft: Any) -> Tensor:
         """One of our tensors."""
-        return reader.get(self.theirs(name, draft, reader.config))
+        return reader.get(self.theirs(name, draft, reader.folder.config))
 
     def tensors(self, folder: TensorFolder, draft: Any) -> dict[str, Tensor]:
         """The draft's tensors by our names, the vocabulary left out.
@@ -225,7 +215,7 @@ class Layout(ABC):
                 # Heads may have kept the rows that the vocabulary leaves out.
                 tensors[name] = (rows[ids] if len(rows) > len(ids) else rows)[torch.argsort(ids)]
         for name, ours in self.shared(draft, folder.config).items():
-            if name in reader:
+            if name in reader.stored:
                 copy = reader.get(name)
                 if (len(copy), len(ours)) == (vocab.target_size, vocab.size):
                     copy = copy[vocab.ids.to(copy.device)]
@@ -258,13 +248,16 @@ class Layout(ABC):
             ValueError: a value that differs.
         """
         self.check_target(folder, target)
-        settings = self.settings(folder)
-        wrong = [name for name in self.arguments if settings[name] != getattr(draft, name)]
-        if wrong:
+        if wrong := self.misdescribed(folder, draft):
             raise ValueError(f"{folder.path}: config.json does not describe the draft's {', '.join(wrong)}")
         if not torch.equal(self.vocab_ids(folder, target.vocab_size), draft.vocab.ids.cpu()):
             raise ValueError(f"{folder.path}: the rows of its heads are not the tokens of the draft's vocabulary")
         return self.facts(folder, draft, target)
+
+    def misdescribed(self, folder: TensorFolder, draft: Any) -> list[str]:
+        """What the config says of the draft that is not so."""
+        settings = self.settings(folder)
+        return [name for name in self.arguments if settings[name] != getattr(draft, name)]
 
     def serve_commands(self, draft: Any, target_path: str, path: str, options: WriteOptions) -> list[ServeCommand]:
         """Commands of the engines that serve it; ``path`` is the export, ``target_path`` the target."""

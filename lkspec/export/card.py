@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import ChainableUndefined, Environment
 
 from lkspec.drafts.base import Draft
@@ -63,7 +62,6 @@ def model_card(facts: Facts, draft: Draft, target: Target, export: Export) -> st
         export=export,
         name=draft.title or type(draft).__name__,
         target_name=name,
-        header=_header(facts, name),
         rows=rows,
         depths=range(1, 1 + max((len(row.alpha) for row in rows), default=0)),
         protocols=[json.loads(protocol) for protocol in dict.fromkeys(row.protocol for row in rows)],
@@ -75,15 +73,6 @@ def _public_name(target: Target) -> str:
     """A hub id as it is; of a folder only its name, which says nothing of somebody's machine."""
     source = target.source
     return source if source is not None and "/" in source and not Path(source).exists() else target.name
-
-
-def _header(facts: Facts, target: str) -> str:
-    header: dict[str, Any] = {"library_name": "lkspec", "tags": ["speculative-decoding", "draft-model"]}
-    if "/" in target:
-        header["base_model"] = target
-    if facts.license is not None:
-        header["license"] = facts.license
-    return yaml.safe_dump(header, sort_keys=False)
 
 
 def newest(rows: Sequence[ResultRow]) -> list[ResultRow]:

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lkspec.drafts.base import Draft
 from lkspec.drafts.eagle3 import Eagle3
 from lkspec.export.base import Layout, WriteOptions
 from lkspec.export.serving import SAMPLES, ServeCommand
@@ -65,7 +64,7 @@ class PlainEagle3(Layout):
 
     def row_ids(self, folder: TensorFolder, target_size: int) -> Int[Tensor, " D"]:
         reader = self.reader(folder)
-        if "d2t" not in reader:
+        if "d2t" not in reader.stored:
             size = folder.config.get("draft_vocab_size") or target_size
             if size != target_size:
                 raise ValueError(
@@ -79,7 +78,7 @@ class PlainEagle3(Layout):
                 f"{folder.path}: d2t must hold offsets to different tokens of the target's {target_size}; it leads to "
                 f"{int(ids.min())}..{int(ids.max())}, {len(ids.unique())} of {len(ids)} different"
             )
-        if "t2d" in reader and not torch.equal(reader.get("t2d").nonzero()[:, 0], ids.sort().values):
+        if "t2d" in reader.stored and not torch.equal(reader.get("t2d").nonzero()[:, 0], ids.sort().values):
             raise ValueError(f"{folder.path}: d2t and t2d name different tokens")
         return ids
 
@@ -132,19 +131,15 @@ class PlainEagle3(Layout):
             "draft_vocab_size": draft.vocab.size,
         }
 
-    def checks(self, folder: TensorFolder, draft: Draft, target: Target) -> list[str]:
-        assert isinstance(draft, Eagle3)
-        layer = self.layer_config(folder)
-        written, ours = dims_from_words(layer, hidden_size=layer["hidden_size"]), llama_words(draft.dims)
-        theirs = llama_words(written)
-        wrong = [key for key in ours if key != "rope_parameters" and theirs[key] != ours[key]]
-        if written.rope_attention_factor != draft.dims.rope_attention_factor or not torch.allclose(
-            written.inv_freq, draft.dims.inv_freq, rtol=1e-6, atol=0
-        ):
+    def misdescribed(self, folder: TensorFolder, draft: Eagle3) -> list[str]:
+        layer, ours = self.layer_config(folder), draft.dims
+        written = dims_from_words(layer, hidden_size=layer["hidden_size"])
+        words = zip(llama_words(ours).items(), llama_words(written).values(), strict=True)
+        wrong = [key for (key, value), theirs in words if key != "rope_parameters" and theirs != value]
+        same_rope = torch.allclose(written.inv_freq, ours.inv_freq, rtol=1e-6, atol=0)
+        if not same_rope or written.rope_attention_factor != ours.rope_attention_factor:
             wrong.append("rope_parameters")
-        if wrong:
-            raise ValueError(f"{folder.path}: config.json does not describe the draft's {', '.join(wrong)}")
-        return super().checks(folder, draft, target)
+        return super().misdescribed(folder, draft) + wrong
 
     def facts(self, folder: TensorFolder, draft: Eagle3, target: Target) -> list[str]:
         ours, theirs, vocab = draft.dims, target.spec.dims, draft.vocab

@@ -47,8 +47,8 @@ class VllmMedusa(Layout):
         return self.reader(folder).get("token_map").to(torch.int64)
 
     def read(self, reader: Reader, name: str, draft: Medusa) -> Tensor:
-        if name.startswith("lm_heads.") and reader.config.get("original_lm_head", False):  # one for all depths
-            return reader.get("lm_head.weight" if "lm_head.weight" in reader else "lm_heads.0.weight")
+        if name.startswith("lm_heads.") and reader.folder.config.get("original_lm_head", False):  # one for all depths
+            return reader.get("lm_head.weight" if "lm_head.weight" in reader.stored else "lm_heads.0.weight")
         return super().read(reader, name, draft)
 
     def stored(self, draft: Medusa, config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -91,7 +91,7 @@ class OriginalMedusa(VllmMedusa):
         return "medusa_num_heads" in folder.config
 
     def settings(self, folder: TensorFolder) -> dict[str, Any]:
-        names = self.reader(folder).names
+        names = self.reader(folder).stored
         # The released configs name fewer heads than there are.
         heads = {match[1] for name in names if (match := re.match(r"(\d+)\.", name))}
         layers = {match[1] for name in names if (match := re.fullmatch(r"0\.(\d+)\.linear\.weight", name))}

@@ -51,7 +51,12 @@ class FmsMLP(Layout):
         tensors = {name: self.read(reader, name, draft) for name in own_tensors(draft)}
         for name, own in _each_depth(draft).items():
             copy, original = self.canonical(name), self.canonical(own)
-            if own != name and own in tensors and copy in reader and not torch.equal(reader.get(copy), tensors[own]):
+            if (
+                own != name
+                and own in tensors
+                and copy in reader.stored
+                and not torch.equal(reader.get(copy), tensors[own])
+            ):
                 raise ValueError(
                     f"{folder.path}: config.json says tie_weights, but {copy} is not the same as {original}"
                 )

@@ -38,7 +38,7 @@ class Names:
         prefix: begins all names of the module; ``{L}`` is the target's number of layers.
         names: our name of a tensor beside the decoder layer -> theirs, behind the prefix.
         layer_prefix: begins theirs inside the decoder layer.
-        shared: their own copies of the target's embedding and head, if they have them.
+        shared: our name of the target's embedding and head -> of their own copies, if they have them.
         unit_offset: their norms of ``names`` multiply by 1 + weight.
     """
 
@@ -59,7 +59,7 @@ _FAMILIES = {
             "norm.weight": "shared_head.norm.weight",
         },
         layer_prefix="",
-        shared={"embedding": "embed_tokens.weight", "head": "shared_head.head.weight"},
+        shared={"embedding": "embed_tokens.weight", "head_weight": "shared_head.head.weight"},
         unit_offset=False,
     ),
     "qwen3_next": Names(
@@ -93,7 +93,7 @@ class NativeMTP(Layout):
     def reader(self, folder: TensorFolder) -> Reader:
         prefix = _prefix(folder.config)
         reader = Reader(folder, lambda name: name if name.startswith(prefix) else None)
-        if not reader.names:
+        if not reader.stored:
             raise ValueError(f"{folder.path}: no tensor {prefix}*: this checkpoint was saved without MTP")
         return reader
 
@@ -103,15 +103,14 @@ class NativeMTP(Layout):
         return _prefix(config) + inside
 
     def shared(self, draft: MTP, config: Mapping[str, Any]) -> dict[str, Tensor]:
-        ours = {"embedding": draft.embedding, "head": draft.head_weight}
-        return {_prefix(config) + theirs: ours[which] for which, theirs in _family(config).shared.items()}
+        return {_prefix(config) + theirs: getattr(draft, ours) for ours, theirs in _family(config).shared.items()}
 
     def read(self, reader: Reader, name: str, draft: MTP) -> Tensor:
-        theirs = self.theirs(name, draft, reader.config)
+        theirs = self.theirs(name, draft, reader.folder.config)
         experts = _expert_names(theirs, len(draft.state_dict()[name]))
         if experts:
             return torch.stack([torch.cat([reader.get(part) for part in parts]) for parts in experts])
-        return _moved(reader.get(theirs), name, reader.config, 1.0)
+        return _moved(reader.get(theirs), name, reader.folder.config, 1.0)
 
     def stored(self, draft: MTP, config: Mapping[str, Any]) -> dict[str, Tensor]:
         tensors = self.shared(draft, config)
@@ -155,7 +154,7 @@ class NativeMTP(Layout):
             raise ValueError(f"{folder.path}: config.json says {layers} layers, the target has {target.num_layers}")
 
     def facts(self, folder: TensorFolder, draft: MTP, target: Target) -> list[str]:
-        num_tensors = len(self.reader(folder).names)
+        num_tensors = len(self.reader(folder).stored)
         return [
             "states: the target's last hidden state, after its final norm; no auxiliary layers",
             f"module: {num_tensors} tensors {_prefix(folder.config)}*, beside the target's {target.num_layers} layers",

@@ -128,18 +128,21 @@ def dequantised(weight: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Te
             f"fp8 scales: expected {list(expected)} for a weight of {list(weight.shape)} in blocks of {list(block)}, "
             f"got {list(scale_inv.shape)}"
         )
-    scales = scale_inv.float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    return weight.float() * scales[:num_rows, :num_columns]
+    return weight.float() * _spread(scale_inv.float(), weight, block)
 
 
 def quantised(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """A weight in fp8 (e4m3) with one scale a block, as ``dequantised`` reads it: scale_inv = max |block| / 448."""
-    scales = torch.zeros(-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]))
-    codes = torch.zeros(weight.shape)
-    largest = float(torch.finfo(torch.float8_e4m3fn).max)
-    for i, rows in enumerate(weight.float().split(block[0])):
-        for j, part in enumerate(rows.split(block[1], dim=1)):
-            scales[i, j] = (part.abs().max() / largest).clamp_min(torch.finfo(torch.float32).tiny)
-            start = i * block[0], j * block[1]
-            codes[start[0] : start[0] + part.shape[0], start[1] : start[1] + part.shape[1]] = part / scales[i, j]
-    return codes.to(torch.float8_e4m3fn), scales
+    largest = torch.stack(
+        [
+            torch.stack([part.abs().max() for part in rows.split(block[1], dim=1)])
+            for rows in weight.float().split(block[0])
+        ]
+    )
+    scales = (largest / torch.finfo(torch.float8_e4m3fn).max).clamp_min(torch.finfo(torch.float32).tiny)
+    return (weight.float() / _spread(scales, weight, block)).to(torch.float8_e4m3fn), scales
+
+
+def _spread(scales: Tensor, weight: Tensor, block: tuple[int, int]) -> Tensor:
+    """Each entry's scale."""
+    return scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: weight.shape[0], : weight.shape[1]]

@@ -103,7 +103,7 @@ def write_export(
     draft.check_num_draft_tokens(num_draft_tokens)
     text = RealText.answered_by(target, num_draft_tokens=num_draft_tokens)
 
-    def difference(folder: Path, options: WriteOptions) -> float:
+    def moved_q(folder: Path, options: WriteOptions) -> float:
         """Writes, and compares q with that of what is read back."""
         layout.write(folder, draft, target, options)
         try:
@@ -116,9 +116,15 @@ def write_export(
         exact = None
         if options.dtype != torch.float32 or options.target_copy:
             with tempfile.TemporaryDirectory(dir=folder) as unrounded:
-                exact = difference(Path(unrounded), replace(options, dtype=torch.float32, target_copy=False))
-        found = difference(folder, options)
-        _require_equal(found if exact is None else exact, draft, layout)
+                exact = moved_q(Path(unrounded), replace(options, dtype=torch.float32, target_copy=False))
+        found = moved_q(folder, options)
+        difference = found if exact is None else exact
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"the export, read back, proposes another q than the run: they differ by {difference:.1e} (allowed "
+                f"{TOLERANCE:.0e}); nothing was written. format={layout.format} holds what "
+                f"{layout.draft_class.__name__} computes; if this draft does, please report it as a defect of lkspec"
+            )
         written = Pretrained.open(str(folder)).folder
         checks = (*layout.checks(written, draft, target), _q_check(text, found, exact, options))
         commands = layout.serve_commands(draft, options.target_path(target), str(path.absolute()), options)
@@ -127,20 +133,6 @@ def write_export(
             (folder / "README.md").write_text(card(export), encoding="utf-8")
         write_json(folder / RECORD, {"format": layout.format, "checks": checks, "loaded_by": layout.loaded_by})
     return export
-
-
-def _require_equal(difference: float, draft: Draft, layout: Layout) -> None:
-    if not difference <= TOLERANCE:
-        held = layout.draft_class
-        raise ValueError(
-            f"the export, read back, proposes another q than the run: they differ by {difference:.1e} (allowed "
-            f"{TOLERANCE:.0e}); nothing was written. "
-            + (
-                "This is a defect of lkspec, please report it"
-                if type(draft) is held
-                else f"format={layout.format} holds what {held.__name__} computes, {type(draft).__name__} differs"
-            )
-        )
 
 
 def _q_check(text: RealText, found: float, exact: float | None, options: WriteOptions) -> str:

@@ -107,7 +107,7 @@ def test_what_the_command_says(exports: dict[str, Path], lkspec_cli: Run, runs: 
     assert f'vllm serve org/target --speculative-config \'{{"method": "eagle3", "model": "{place}", ' in outcome.out
     assert "--speculative-num-steps 5 --speculative-eagle-topk 1 --speculative-num-draft-tokens 6" in outcome.out
     card = Path("here/README.md").read_text()
-    assert "license: apache-2.0" in card
+    assert 'license: "apache-2.0"' in card
     assert "base_model: org/target" in card
     for row in rows(runs["eagle3"]):
         assert f"**{float(row[3]):.3f}** | {float(row[4]):.3f} - {float(row[5]):.3f}" in card

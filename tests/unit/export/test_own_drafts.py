@@ -59,7 +59,7 @@ def test_a_subclass_has_the_format_of_what_it_extends(tiny_target: TinyTarget, t
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (Louder, r"nothing was written\. format=medusa holds what Medusa computes, Louder differs$"),
+        (Louder, r"nothing was written\. format=medusa holds what Medusa computes; if this draft does,"),
         (Larger, r"^format=vllm does not hold a Larger: .*no place for extra \(1 in all\)$"),
     ],
 )
