@@ -25,7 +25,7 @@ from lkspec.runs.folder import RunFolder
 from lkspec.targets.base import Target
 from lkspec.targets.dims import with_layer
 from lkspec.targets.memory import RememberedStates
-from lkspec.training.acceptance_length import AcceptanceLength
+from lkspec.training.callbacks import AcceptanceLength
 from lkspec.training.module import SpeculatorModule
 from lkspec.training.run import Trainer, make_trainer
 from lkspec.types import Batch, TargetStates

@@ -17,7 +17,7 @@ from lkspec.reporting.measured import print_results
 from lkspec.runs.facts import RunFacts
 from lkspec.runs.rows import ResultRow
 from lkspec.targets.base import Target
-from lkspec.training.ranks import is_first_rank
+from lkspec.training.run import is_first_rank
 
 
 @dataclass

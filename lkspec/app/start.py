@@ -10,7 +10,7 @@ from lkspec.app.job import Job, State
 from lkspec.app.sweeps import Sweep
 from lkspec.reporting.terminal import say
 from lkspec.runs.lock import held
-from lkspec.training.ranks import is_first_rank
+from lkspec.training.run import is_first_rank
 
 
 @contextmanager

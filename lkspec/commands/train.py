@@ -28,8 +28,7 @@ from lkspec.reporting.run_figures import draw_run
 from lkspec.runs.folder import RunFolder
 from lkspec.targets.base import Target
 from lkspec.training.module import SpeculatorModule
-from lkspec.training.ranks import is_first_rank
-from lkspec.training.run import Trainer, fit, log_hyperparameters, seed_run
+from lkspec.training.run import Trainer, fit, is_first_rank, log_hyperparameters, seed_run
 
 
 def main(config: DictConfig) -> dict[str, float] | None:

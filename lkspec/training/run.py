@@ -9,12 +9,18 @@ from typing import Any
 import torch
 from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lkspec.data.datamodule import SpeculatorDataModule
 from lkspec.training.module import SpeculatorModule
 
-__all__ = ["Trainer", "fit", "log_hyperparameters", "make_trainer", "seed_run"]
+__all__ = ["Trainer", "fit", "is_first_rank", "log_hyperparameters", "make_trainer", "seed_run"]
+
+
+def is_first_rank() -> bool:
+    """Whether this process decides, writes and prints; known before any process group is made."""
+    return rank_zero_only.rank == 0
 
 
 def seed_run(seed: int, matmul_precision: str) -> None:

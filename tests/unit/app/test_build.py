@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from lkspec.app.build import build_trainer, eta_source
 from lkspec.runs.folder import RunFolder
-from lkspec.training.acceptance_length import AcceptanceLength
+from lkspec.training.callbacks import AcceptanceLength
 
 
 class EarlyAcceptanceLength(AcceptanceLength):

@@ -34,7 +34,7 @@ CONFIG = {
     "target": {"_target_": "lkspec.targets.tiny.TinyTarget"},
     "data": {"_target_": "lkspec.data.datamodule.SpeculatorDataModule"},
     "benchmark": {"mini_math": {"_target_": "lkspec.benchmarks.mini.Mini"}, "num_prompts": 3},
-    "callbacks": {"progress": {"_target_": "lkspec.training.progress.TrainingProgress"}, "acceptance_length": None},
+    "callbacks": {"progress": {"_target_": "lkspec.training.callbacks.TrainingProgress"}, "acceptance_length": None},
 }
 
 

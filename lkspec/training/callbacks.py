@@ -1,10 +1,11 @@
-"""Measures the acceptance length by real speculative decoding before, during and after training."""
+"""Callbacks of training: when the acceptance length is measured, and the progress bar."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 
 from lkspec.measure.benchmark import Measurement
 from lkspec.measure.metrics import acceptance_metrics
@@ -12,19 +13,14 @@ from lkspec.runs.rows import measurement_name
 
 
 class AcceptanceLength(Callback):
-    """Decides when to measure; the module's ``evaluate`` knows what and how.
+    """Decides when to measure by real decoding; the module's ``evaluate`` knows what and how.
 
     Args:
         every_n_epochs: measure after every n-th epoch; 0 never.
         before_training: measure once before the first step of a fresh run.
     """
 
-    def __init__(
-        self,
-        *,
-        every_n_epochs: int = 0,
-        before_training: bool = False,
-    ) -> None:
+    def __init__(self, *, every_n_epochs: int = 0, before_training: bool = False) -> None:
         self._every_n_epochs = every_n_epochs
         self._before_training = before_training
 
@@ -62,3 +58,15 @@ def measurement_scalars(measurement: Measurement) -> dict[str, Any]:
         f"{prefix}/walk_acceptance_length": measurement.walk_acceptance_lengths()[-1],
         f"{prefix}/tokens_per_second": measurement.tokens_per_second,
     }
+
+
+class TrainingProgress(RichProgressBar):
+    """Lightning's rich bar without the version number, which means nothing here."""
+
+    def __init__(self, refresh_rate: int = 1) -> None:
+        super().__init__(refresh_rate=refresh_rate, leave=True)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        return items
