@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from lkspec.files import write_text
-from lkspec.runs.folder import list_runs
+from lkspec.runs.find import list_runs
 
 ANSWERS, RUNS, LOGS = Path("answers"), Path("runs/ablation_gpu"), Path("runs/ablation_gpu-logs")
 FILES = {"train": 1, "heldout_t1": 1, "heldout_t0": 0}  # prompt file: temperature of its answers

@@ -9,8 +9,10 @@ import argparse
 import json
 from pathlib import Path
 
-from lkspec.runs.folder import ResultRow, RunFolder, list_runs
-from lkspec.runs.rows import write_result_rows
+from lkspec.runs.find import list_runs
+from lkspec.runs.folder import RunFolder
+from lkspec.runs.rows import ResultRow
+from lkspec.runs.tables import write_rows
 
 ORDER = ("eagle3", "mtp", "mlp", "medusa")
 
@@ -22,7 +24,7 @@ def main() -> None:
     options = parser.parse_args()
     runs = sorted(list_runs(options.run_root), key=lambda run: (ORDER.index(_first(run).draft), _first(run).loss))
     rows = [row for run in runs for row in run.read_results()]
-    write_result_rows(options.out, rows)
+    write_rows(options.out, ResultRow, rows)
     for temperature in (0.0, 1.0):
         print(f"\nT = {temperature:g}\n")
         print_decoded(runs, temperature)

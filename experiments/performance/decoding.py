@@ -28,7 +28,7 @@ from lkspec.decoding.chain import ChainDecoder, Request
 from lkspec.decoding.sampling import Sampling
 from lkspec.drafts.base import Draft
 from lkspec.drafts.eagle3 import Eagle3
-from lkspec.runs.folder import find_run, list_runs
+from lkspec.runs.find import find_run, list_runs
 from lkspec.targets.tiny import TinyTarget
 from lkspec.targets.transformers import TransformersTarget
 from lkspec.vocab import DraftVocab

@@ -29,7 +29,7 @@ from lkspec.export.reading import Pretrained
 from lkspec.export.verify import RealText, largest_q_difference
 from lkspec.export.writing import layout_for, write_export
 from lkspec.measure.metrics import PromptRounds, acceptance_metrics, group_counts, paired_difference_interval
-from lkspec.runs.folder import find_run
+from lkspec.runs.find import find_run
 
 Q_TOLERANCE = 1e-4
 

@@ -22,7 +22,7 @@ from lkspec.decoding.chain import ChainDecoder, Request
 from lkspec.decoding.sampling import Sampling
 from lkspec.measure.metrics import PromptRounds, group_counts, paired_difference_interval
 from lkspec.measure.walk import walk_texts
-from lkspec.runs.folder import find_run
+from lkspec.runs.find import find_run
 
 
 def main() -> None:

@@ -131,7 +131,7 @@ class Task:
 
     def _find_run(self, config: DictConfig) -> None:
         """Refuses a run that is not there before anything heavy is imported."""
-        from lkspec.runs.folder import find_run  # here: help and typing errors do without
+        from lkspec.runs.find import find_run  # here: help and typing errors do without
 
         if self.verb in _OF_A_RUN and config.run is None and config.get("draft") is None:
             raise ValueError(

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from lkspec.app.application import resolved
 from lkspec.app.build import expanded_draft, target_and_data
 from lkspec.app.sweeps import Sweep, typed_overrides
-from lkspec.runs.folder import RunFolder, find_run, list_runs, run_name
+from lkspec.runs.find import find_run, list_runs
+from lkspec.runs.folder import RunFolder, run_name
 from lkspec.runs.identity import Identity, measured_by, trained_by
 from lkspec.runs.keys import outcome
 from lkspec.runs.lock import is_held

@@ -17,7 +17,8 @@ from lkspec.app.job import Job
 from lkspec.data.datamodule import SpeculatorDataModule
 from lkspec.drafts.base import Draft
 from lkspec.export.reading import Pretrained, fill, fingerprint
-from lkspec.runs.folder import RunFolder, find_run, run_name
+from lkspec.runs.find import find_run
+from lkspec.runs.folder import RunFolder, run_name
 from lkspec.runs.identity import measured_by
 from lkspec.targets.base import Target
 from lkspec.targets.dims import llama_words, with_layer

@@ -23,7 +23,7 @@ from lkspec.reporting.measured import print_sharpness
 from lkspec.reporting.renderers.text import show
 from lkspec.reporting.tables import build_table
 from lkspec.reporting.terminal import say
-from lkspec.runs.walk_rows import WalkRow
+from lkspec.runs.rows import WalkRow
 from lkspec.types import Batch, TargetStates, check_sharpness
 
 OWN = "held_out"  # in place of a file: the answers that a run was validated on

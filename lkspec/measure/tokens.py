@@ -11,7 +11,7 @@ from torch import Tensor
 from lkspec.data.chat import Encoded
 from lkspec.data.dataset import collate
 from lkspec.drafts.base import Draft
-from lkspec.runs.token_rows import TokenRow
+from lkspec.runs.rows import TokenRow
 from lkspec.targets.base import Target
 from lkspec.training.statistics import draft_stats
 from lkspec.types import LinearHead

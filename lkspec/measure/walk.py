@@ -15,7 +15,7 @@ from lkspec.data.planning import plan_evaluation
 from lkspec.decoding.walk import WalkCount, walk_turns
 from lkspec.drafts.base import Draft
 from lkspec.losses.fused.head_summary import head_summary
-from lkspec.runs.walk_rows import WalkRow
+from lkspec.runs.rows import WalkRow
 from lkspec.targets.base import Target
 from lkspec.training.statistics import draft_stats
 from lkspec.types import Batch, TargetStates, TokenStats, stack_rows

@@ -1,4 +1,4 @@
-"""The only reader and writer of run folders (the rows of their tables: ``result_rows.py``).
+"""The only reader and writer of run folders (rows.py: what the rows of their tables hold; tables.py: their files).
 
 A run folder, ``<root>/<draft>-<loss>-<target>-s<seed>-<hash8>/``::
 
@@ -37,20 +37,8 @@ import yaml
 
 from lkspec.files import write_text
 from lkspec.runs.identity import code_hash
-from lkspec.runs.rows import (
-    ResultRow,
-    RoundRow,
-    ThroughputRow,
-    content_hash,
-    read_result_rows,
-    read_round_table,
-    read_throughput_rows,
-    replace_rounds,
-    write_result_rows,
-    write_throughput_rows,
-)
-from lkspec.runs.token_rows import TokenRow, read_token_table, write_token_rows
-from lkspec.runs.walk_rows import WalkRow, read_walk_table, write_walk_rows
+from lkspec.runs.rows import SETTING, ResultRow, RoundRow, ThroughputRow, TokenRow, WalkRow, content_hash
+from lkspec.runs.tables import add_rows, read_rows, read_table, replace_rows, write_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -86,10 +74,7 @@ class RunFolder:
             raise ValueError(f"run name: expected only letters, digits and ._- (a letter or digit first), got {name!r}")
         run = cls(Path(root) / name)
         run.refuse_results()
-        origin = {
-            **_git_state(),
-            "created": datetime.now(UTC).isoformat(timespec="microseconds"),
-        }
+        origin = {**_git_state(), "created": datetime.now(UTC).isoformat(timespec="microseconds")}
         run.checkpoints_dir.mkdir(parents=True, exist_ok=True)
         write_text(run.path / "overrides.txt", "".join(f"{override}\n" for override in overrides))
         write_text(run.path / "git.txt", "".join(f"{key}: {value}\n" for key, value in origin.items()))
@@ -122,7 +107,7 @@ class RunFolder:
 
     def _worth_keeping(self) -> Path | None:
         """A checkpoint or a result, if there is any."""
-        results = (self._metrics_file, self._rounds_file, self.results_file)
+        results = (self._metrics_file, self.path / "rounds.parquet", self.results_file)
         return next((file for file in [*self.checkpoints_dir.glob("*.ckpt"), *results] if file.exists()), None)
 
     @property
@@ -190,7 +175,7 @@ class RunFolder:
 
     def write_identity(self, identity: Mapping[str, Any]) -> None:
         """Writes identity.json."""
-        write_text(self._identity_file, json.dumps(dict(identity), indent=2) + "\n")
+        write_text(self.path / "identity.json", json.dumps(dict(identity), indent=2) + "\n")
 
     @property
     def code_hash(self) -> str:
@@ -200,7 +185,7 @@ class RunFolder:
 
     def read_identity(self) -> dict[str, Any] | None:
         """identity.json; None where none was written."""
-        return json.loads(self._identity_file.read_text(encoding="utf-8")) if self._identity_file.is_file() else None
+        return _read_json(self.path / "identity.json")
 
     def write_failure(self, text: str | None) -> None:
         """Writes failure.txt; None removes it."""
@@ -243,24 +228,8 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
-    def _identity_file(self) -> Path:
-        return self.path / "identity.json"
-
-    @property
     def _metrics_file(self) -> Path:
         return self.path / "metrics.json"
-
-    @property
-    def _rounds_file(self) -> Path:
-        return self.path / "rounds.parquet"
-
-    @property
-    def _walk_file(self) -> Path:
-        return self.path / "walk.parquet"
-
-    @property
-    def _tokens_file(self) -> Path:
-        return self.path / "tokens.parquet"
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -283,100 +252,59 @@ class RunFolder:
 
     def read_metrics(self) -> dict[str, float | int | str | None]:
         """metrics.json; empty before the first write."""
-        return json.loads(self._metrics_file.read_text(encoding="utf-8")) if self._metrics_file.is_file() else {}
+        return _read_json(self._metrics_file) or {}
 
     def write_rounds(self, rows: Iterable[RoundRow]) -> None:
         """Adds rows to rounds.parquet in place of those of the same settings."""
-        replace_rounds(self._rounds_file, list(rows))
+        replace_rows(self.path / "rounds.parquet", RoundRow, list(rows), by=SETTING)
 
     def read_rounds(self) -> list[RoundRow]:
         """All rounds; none before the first write."""
-        table = self.read_round_table()
-        return [] if table is None else [RoundRow(**row) for row in table.to_pylist()]
+        return read_rows(self.path / "rounds.parquet", RoundRow)
 
     def read_round_table(self) -> pa.Table | None:
         """All rounds as columns, for those who count many; None before the first write."""
-        return read_round_table(self._rounds_file) if self._rounds_file.is_file() else None
+        return read_table(self.path / "rounds.parquet", RoundRow)
 
     def write_walk(self, rows: Sequence[WalkRow]) -> None:
         """Replaces walk.parquet."""
-        write_walk_rows(self._walk_file, rows)
+        write_rows(self.path / "walk.parquet", WalkRow, rows)
 
     def add_walk(self, rows: Sequence[WalkRow]) -> None:
         """Adds rows to walk.parquet in place of those with the same conversation, temperature, depth and sharpness."""
-        table = self.read_walk_table()
-        known = [] if table is None else [WalkRow(**row) for row in table.to_pylist()]
-        self.write_walk(list({row.setting: row for row in [*known, *rows]}.values()))
+        add_rows(self.path / "walk.parquet", WalkRow, rows)
 
     def read_walk_table(self) -> pa.Table | None:
         """The walk along the held-out conversations, a column a field of ``WalkRow``; None before the first write."""
-        return read_walk_table(self._walk_file) if self._walk_file.is_file() else None
+        return read_table(self.path / "walk.parquet", WalkRow)
 
     def write_tokens(self, rows: Sequence[TokenRow]) -> None:
         """Replaces tokens.parquet."""
-        write_token_rows(self._tokens_file, rows)
+        write_rows(self.path / "tokens.parquet", TokenRow, rows)
 
     def read_token_table(self) -> pa.Table | None:
         """Statistics of held-out tokens, a column a field of ``TokenRow``; None before the first write."""
-        return read_token_table(self._tokens_file) if self._tokens_file.is_file() else None
+        return read_table(self.path / "tokens.parquet", TokenRow)
 
     def write_results(self, rows: Iterable[ResultRow]) -> None:
         """Adds rows to results.csv in place of those with the same key (setting, protocol and training steps)."""
-        merged = {row.key: row for row in [*self.read_results(), *rows]}
-        write_result_rows(self.results_file, list(merged.values()))
+        add_rows(self.results_file, ResultRow, rows)
 
     def read_results(self) -> list[ResultRow]:
         """The rows of results.csv; none before the first write."""
-        return read_result_rows(self.results_file) if self.results_file.is_file() else []
+        return read_rows(self.results_file, ResultRow)
 
     def write_throughput(self, rows: Iterable[ThroughputRow]) -> None:
         """Adds rows to throughput.csv in place of those with the same key."""
-        merged = {row.key: row for row in [*self.read_throughput(), *rows]}
-        write_throughput_rows(self.throughput_file, list(merged.values()))
+        add_rows(self.throughput_file, ThroughputRow, rows)
 
     def read_throughput(self) -> list[ThroughputRow]:
         """The rows of throughput.csv; none before the first write."""
-        return read_throughput_rows(self.throughput_file) if self.throughput_file.is_file() else []
+        return read_rows(self.throughput_file, ThroughputRow)
 
 
-def list_runs(root: Path) -> list[RunFolder]:
-    """The runs directly under a folder, newest first by the creation time they record."""
-    runs = [RunFolder(file.parent) for file in Path(root).glob("*/config.yaml")]
-    return sorted(runs, key=lambda run: (run.origin.get("created", ""), run.name), reverse=True)
-
-
-def find_run(name: str, root: Path) -> RunFolder:
-    """The run that a user means by ``latest``, by a path, or by the beginning of a folder's name.
-
-    The latest is the newest but for those that failed before they had a checkpoint or a result.
-
-    Raises:
-        ValueError: nothing or more than one run fits; the message lists what there is.
-    """
-    runs = list_runs(root)
-    if name == "latest" and runs:
-        return next((run for run in runs if run.has_results or not run.has_failed), runs[0])
-    if (Path(name).expanduser() / "config.yaml").is_file():
-        return RunFolder.open(Path(name).expanduser())
-    if not runs:
-        raise ValueError(f"run {name!r}: there are no runs under {root} and it is not the path of one; train one first")
-    fitting = [run for run in runs if run.name == name] or [run for run in runs if run.name.startswith(name)]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise ValueError(f"run {name!r} is the beginning of {len(fitting)} names; say more of one:{_listing(fitting)}")
-    raise ValueError(
-        f"run {name!r}: expected 'latest', a path or the beginning of a name; the newest are:{_listing(runs)}"
-    )
-
-
-def read_results(root: Path) -> list[ResultRow]:
-    """The results rows of all runs under a folder, oldest run first."""
-    return [row for run in reversed(list_runs(root)) for row in run.read_results()]
-
-
-def _listing(runs: Sequence[RunFolder]) -> str:
-    return "".join(f"\n  {run.name}" for run in runs[:5]) + ("\n  ..." if len(runs) > 5 else "")
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _git_state() -> dict[str, str]:

@@ -1,25 +1,11 @@
-"""The rows of a run's tables: rounds.parquet, results.csv, throughput.csv; the only code that writes or reads them.
-
-Every table is replaced atomically: a crash leaves the old file.
-"""
+"""The rows of a run's tables: results.csv, rounds.parquet, walk.parquet, tokens.parquet, throughput.csv."""
 
 from __future__ import annotations
 
-import csv
-import functools
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from lkspec.files import atomic_path
-from lkspec.runs.tables import as_table, read_table, write_table
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from dataclasses import dataclass
+from typing import Any
 
 #: What tells measurements of a run apart, and columns by these names.
 SETTING = ("benchmark", "temperature", "num_draft_tokens", "engine", "sharpness")
@@ -41,11 +27,6 @@ class RoundRow:
     position: int
     accepted: int
     past_end: bool
-
-    @property
-    def setting(self) -> SettingKey:
-        """Rows of one setting are replaced together."""
-        return self.benchmark, self.temperature, self.num_draft_tokens, self.engine, self.sharpness
 
 
 @dataclass(frozen=True)
@@ -111,7 +92,7 @@ class ResultRow:
         return measurement_name(self.benchmark, self.temperature, self.num_draft_tokens, self.sharpness)
 
     @property
-    def key(self) -> tuple[SettingKey, str, int]:
+    def row_key(self) -> tuple[SettingKey, str, int]:
         """A run holds one row a key; the protocol counts by its content, not by its spelling.
 
         The steps are part of it: measurements before and after training stand side by side.
@@ -154,12 +135,72 @@ class ThroughputRow:
         return self.engine, self.hardware, self.temperature, self.num_requests, protocol, self.steps
 
     @property
-    def key(self) -> tuple[str | float, ...]:
+    def row_key(self) -> tuple[str | float, ...]:
         """A run holds one row a key."""
         return (*self.setting, self.num_draft_tokens, self.concurrency)
 
 
-Row = TypeVar("Row", ResultRow, ThroughputRow)
+@dataclass(frozen=True)
+class WalkRow:
+    """One held-out conversation at depth k, along the text: what validation or `lkspec walk` saw of it.
+
+    Sums of a conversation are kept, not only those of the set, so that two runs can be compared conversation by
+    conversation: most of the spread between texts is shared and cancels.
+
+    Attributes:
+        conversation: its name.
+        key: 32 hex digits of its tokens (``types.text_key``): what runs are paired by.
+        temperature: at which the target wrote it.
+        steps: optimiser steps taken before.
+        depth: k.
+        sharpness: s of the q^s that was walked with, renormalised, in place of q; 1 at T = 0, where it changes nothing.
+        num_tokens: tokens supervised at depth k.
+        alpha: sum of the acceptance rate over them, at that temperature (T = 0: at 1).
+        rounds, accepted: expected ones of the walk with rounds of k drafted tokens; 0 where the answer is too short.
+        at_least: expected rounds, of the walk with the largest k, that accept at least k tokens.
+    """
+
+    conversation: str
+    key: str
+    temperature: float
+    steps: int
+    depth: int
+    sharpness: float
+    num_tokens: int
+    alpha: float
+    rounds: float
+    accepted: float
+    at_least: float
+
+    @property
+    def row_key(self) -> tuple[str, float, int, float]:
+        """A run holds one row a key."""
+        return self.key, self.temperature, self.depth, self.sharpness
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One token x of a held-out answer as a proposal at depth k.
+
+    Attributes:
+        conversation: whose answer.
+        position: of the token in its answer, from 0.
+        text: the token.
+        depth: k.
+        alpha: the acceptance rate there.
+        accept_prob: min(1, q(x) / p(x)).
+        entropy: of the target's distribution there, in nats.
+        coverage: target mass inside the draft vocabulary there.
+    """
+
+    conversation: str
+    position: int
+    text: str
+    depth: int
+    alpha: float
+    accept_prob: float
+    entropy: float
+    coverage: float
 
 
 def measurement_name(benchmark: str, temperature: float, num_draft_tokens: int, sharpness: float) -> str:
@@ -172,126 +213,3 @@ def content_hash(content: Any) -> str:
     """First 8 hex digits of the sha256 of plain data in canonical JSON (sorted keys, no spaces)."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def replace_rounds(path: Path, rows: Sequence[RoundRow]) -> None:
-    """Adds rows to a rounds.parquet in place of those of the same settings."""
-    if not rows:
-        return
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    table = as_table(RoundRow, rows)
-    if path.is_file():
-        old = read_round_table(path)
-        stale = _of_settings(old, {row.setting for row in rows})
-        table = pa.concat_tables([old.filter(pc.invert(stale)), table])
-    write_table(path, table)
-
-
-def read_round_table(path: Path) -> pa.Table:
-    """A rounds.parquet, a column a field of ``RoundRow``.
-
-    Raises:
-        ValueError: it has other columns.
-    """
-    return read_table(path, RoundRow)
-
-
-def write_result_rows(path: Path, rows: Sequence[ResultRow]) -> None:
-    """Writes a results.csv; floats read back exactly, None is an empty cell, alpha_k has as many columns as needed."""
-    num_alpha = max((len(row.alpha) for row in rows), default=0)
-    header: list[str] = []
-    for field in fields(ResultRow):
-        header += [f"alpha_{k}" for k in range(1, num_alpha + 1)] if field.name == "alpha" else [field.name]
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, header, restval="", lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            cells = {field.name: getattr(row, field.name) for field in fields(row) if field.name != "alpha"}
-            cells |= {f"alpha_{k}": value for k, value in enumerate(row.alpha, start=1)}
-            writer.writerow({name: _cell(value) for name, value in cells.items()})
-
-
-def read_result_rows(path: Path) -> list[ResultRow]:
-    """Reads a results.csv, typed.
-
-    Raises:
-        ValueError: a column is missing or unknown, or a cell is not of its column's type (file, line and column).
-    """
-    return _read_csv(path, ResultRow)
-
-
-def write_throughput_rows(path: Path, rows: Sequence[ThroughputRow]) -> None:
-    """Writes a throughput.csv; floats read back exactly."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(ThroughputRow)], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({name: _cell(value) for name, value in vars(row).items()})
-
-
-def read_throughput_rows(path: Path) -> list[ThroughputRow]:
-    """Reads a throughput.csv, typed.
-
-    Raises:
-        ValueError: as ``read_result_rows``.
-    """
-    return _read_csv(path, ThroughputRow)
-
-
-def _read_csv(path: Path, row_class: type[Row]) -> list[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file, restval="")
-        header = reader.fieldnames or []
-        expected = {field.name for field in fields(row_class)} - {"alpha"}
-        given = {name for name in header if not name.startswith("alpha_")}
-        if given != expected:
-            raise ValueError(
-                f"{path}: expected the columns of a {row_class.__name__}; "
-                f"missing {sorted(expected - given) or 'none'}, unknown {sorted(given - expected) or 'none'}: "
-                "it was written by another version of lkspec"
-            )
-        return [_parse_row(row, row_class, f"{path}:{reader.line_num}") for row in reader]
-
-
-def _of_settings(table: pa.Table, settings: Collection[SettingKey]) -> pa.ChunkedArray:
-    """Mask of the rows whose setting is among some."""
-    import pyarrow.compute as pc
-
-    masks = (
-        functools.reduce(pc.and_, (pc.equal(table[name], value) for name, value in zip(SETTING, key, strict=True)))
-        for key in settings
-    )
-    return functools.reduce(pc.or_, masks)
-
-
-def _cell(value: str | float | int | None) -> str:
-    return "" if value is None else repr(float(value)) if isinstance(value, float) else str(value)
-
-
-_CELL_TYPES: dict[str, Callable[[str], Any]] = {
-    "str": str,
-    "int": int,
-    "float": float,
-    "float | None": lambda text: float(text) if text else None,
-    "str | None": lambda text: text or None,
-}
-
-
-def _parse_row(row: Mapping[str, str], row_class: type[Row], where: str) -> Row:
-    values: dict[str, Any] = {}
-    for field in fields(row_class):
-        if field.name == "alpha":
-            names = itertools.takewhile(row.get, (f"alpha_{k}" for k in itertools.count(1)))
-            values["alpha"] = tuple(_parse_cell(row, name, float, where) for name in names)
-        else:
-            values[field.name] = _parse_cell(row, field.name, _CELL_TYPES[str(field.type)], where)
-    return row_class(**values)
-
-
-def _parse_cell(row: Mapping[str, str], name: str, parse: Callable[[str], Any], where: str) -> Any:
-    try:
-        return parse(row[name])
-    except ValueError as error:
-        raise ValueError(f"{where}: column {name}: {error}") from error

@@ -33,7 +33,7 @@ from lkspec.losses.fused.in_forward import InForward
 from lkspec.losses.objectives import Comparison, Objective, depth_weights, masked_sums, reduce_loss
 from lkspec.measure.benchmark import Measurement
 from lkspec.measure.walk import walk_rows
-from lkspec.runs.walk_rows import WalkRow
+from lkspec.runs.rows import WalkRow
 from lkspec.training.statistics import draft_stats
 from lkspec.types import Batch, LinearHead, TargetStates, TokenStats
 

@@ -13,9 +13,7 @@ import numpy as np
 
 from lkspec.runs import folder as results
 from lkspec.runs.folder import RunFolder
-from lkspec.runs.rows import ResultRow, RoundRow
-from lkspec.runs.token_rows import TokenRow
-from lkspec.runs.walk_rows import WalkRow
+from lkspec.runs.rows import ResultRow, RoundRow, TokenRow, WalkRow
 
 CONFIG: dict[str, Any] = {
     "draft": {"_target_": "lkspec.drafts.mlp.MLP", "num_depths": 3},

@@ -16,7 +16,8 @@ from engine_stub import EngineStub, running
 from lkspec.benchmarks.mini import Mini
 from lkspec.decoding.chain import ChainDecoder, Request
 from lkspec.decoding.sampling import Sampling
-from lkspec.runs.folder import RunFolder, list_runs
+from lkspec.runs.find import list_runs
+from lkspec.runs.folder import RunFolder
 from lkspec.runs.rows import ResultRow
 from lkspec.targets.tiny import TinyTarget
 

@@ -14,7 +14,7 @@ from helpers.report_runs import make_study
 from lkspec.data.tiny import tiny_rows
 from lkspec.reporting.counts import read_series
 from lkspec.reporting.tokens import token_frame
-from lkspec.runs.folder import list_runs
+from lkspec.runs.find import list_runs
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from command_line import BRIEF_EVALUATION, NO_EVALUATION, TINY_RUN, Run
 
-from lkspec.runs.folder import RunFolder, list_runs
+from lkspec.runs.find import list_runs
+from lkspec.runs.folder import RunFolder
 
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "looked", "at", "the", "moon", "for", "a", "long", "time"]
 

@@ -18,7 +18,8 @@ from lkspec.measure.throughput import ThroughputOptions, measure_throughput
 from lkspec.reporting.measured import advice, comparable, print_throughput, speedups
 from lkspec.runs.facts import RunFacts
 from lkspec.runs.folder import RunFolder
-from lkspec.runs.rows import ThroughputRow, read_throughput_rows, write_throughput_rows
+from lkspec.runs.rows import ThroughputRow
+from lkspec.runs.tables import read_rows, write_rows
 
 OPTIONS = {
     "concurrency": [1, 4], "num_draft_tokens": [0, 2], "num_requests": 5, "max_new_tokens": 16, "temperature": 0.0
@@ -95,8 +96,8 @@ def test_one_table_holds_what_differs_in_depths_and_concurrency_only():
 
 def test_the_file_reads_back_exactly_and_newer_rows_replace(tmp_path):
     rows = [row(0, 1, 1 / 3), row(3, 1, 2.5, protocol='{"a": "x, \\"y\\""}')]
-    write_throughput_rows(tmp_path / "t.csv", rows)
-    assert read_throughput_rows(tmp_path / "t.csv") == rows
+    write_rows(tmp_path / "t.csv", ThroughputRow, rows)
+    assert read_rows(tmp_path / "t.csv", ThroughputRow) == rows
     folder = RunFolder(tmp_path)
     assert folder.read_throughput() == []
     folder.write_throughput(rows)
@@ -109,11 +110,11 @@ def test_the_file_reads_back_exactly_and_newer_rows_replace(tmp_path):
 
 
 def test_a_file_of_another_version_is_refused(tmp_path):
-    write_throughput_rows(tmp_path / "t.csv", [row(0, 1, 1.0)])
+    write_rows(tmp_path / "t.csv", ThroughputRow, [row(0, 1, 1.0)])
     text = (tmp_path / "t.csv").read_text().replace("concurrency", "clients")
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(ValueError, match=r"missing \['concurrency'\], unknown \['clients'\]"):
-        read_throughput_rows(tmp_path / "t.csv")
+        read_rows(tmp_path / "t.csv", ThroughputRow)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +18,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lkspec import files
 from lkspec.runs import folder as results
-from lkspec.runs.folder import RunFolder, find_run, list_runs, read_results, run_name
-from lkspec.runs.rows import ResultRow, RoundRow, read_result_rows, write_result_rows
+from lkspec.runs.find import find_run, list_runs
+from lkspec.runs.folder import RunFolder, run_name
+from lkspec.runs.rows import ResultRow, RoundRow
+from lkspec.runs.tables import read_rows, write_rows
 
 CONFIG = {"seed": 0, "loss": {"_target_": "lkspec.losses.objectives.LK", "eta": 3.0}, "lr": 1e-5, "name": "ünï"}
 
@@ -337,13 +338,13 @@ def test_results_round_trip(tmp_path_factory, cells):
         for tau, alpha, walk, source, draft in cells
     ]
     path = tmp_path_factory.mktemp("csv") / "results.csv"
-    write_result_rows(path, rows)
-    assert read_result_rows(path) == rows
+    write_rows(path, ResultRow, rows)
+    assert read_rows(path, ResultRow) == rows
 
 
 def test_results_columns(tmp_path):
     path = tmp_path / "results.csv"
-    write_result_rows(path, [result_row(), result_row(alpha=(0.5, 0.25, 0.125))])
+    write_rows(path, ResultRow, [result_row(), result_row(alpha=(0.5, 0.25, 0.125))])
     header, first, second = path.read_text().splitlines()
     assert header == (
         "run,commit,code_hash,draft,loss,loss_args,target,data_fingerprint,seed,supervised_tokens,steps,benchmark,"
@@ -355,8 +356,8 @@ def test_results_columns(tmp_path):
 
 
 def test_nan_reads_back(tmp_path):
-    write_result_rows(tmp_path / "results.csv", [result_row(tau=math.nan)])
-    assert math.isnan(read_result_rows(tmp_path / "results.csv")[0].tau)
+    write_rows(tmp_path / "results.csv", ResultRow, [result_row(tau=math.nan)])
+    assert math.isnan(read_rows(tmp_path / "results.csv", ResultRow)[0].tau)
 
 
 def test_results_with_the_same_key_are_replaced_in_place(run):
@@ -373,17 +374,17 @@ def test_results_with_the_same_key_are_replaced_in_place(run):
 
 def test_foreign_columns_and_cells_are_named(tmp_path):
     path = tmp_path / "results.csv"
-    write_result_rows(path, [result_row()])
+    write_rows(path, ResultRow, [result_row()])
     good = path.read_text()
     path.write_text(good.replace("walk_tau,", "walked,"))
     with pytest.raises(ValueError, match=r"missing \['walk_tau'\], unknown \['walked'\]"):
-        read_result_rows(path)
+        read_rows(path, ResultRow)
     path.write_text(good.replace("12345678901", "many"))
     with pytest.raises(ValueError, match=r"results\.csv:2: column supervised_tokens: .*'many'"):
-        read_result_rows(path)
+        read_rows(path, ResultRow)
     path.write_text(good.replace("0.03333333333333333", "small"))
     with pytest.raises(ValueError, match=r"results\.csv:2: column alpha_2: .*'small'"):
-        read_result_rows(path)
+        read_rows(path, ResultRow)
 
 
 # --- crashes
@@ -493,12 +494,3 @@ def test_unknown_run_lists_the_newest(runs_root):
 def test_no_runs_at_all(tmp_path, name):
     with pytest.raises(ValueError, match=r"there are no runs under .*nowhere"):
         find_run(name, tmp_path / "nowhere")
-
-
-def test_results_of_all_runs_are_joined(runs_root):
-    newest, oldest = find_run("latest", runs_root), find_run("eagle", runs_root)
-    newest.write_results([result_row(run=newest.name), result_row(run=newest.name, temperature=0.0)])
-    oldest.write_results([result_row(run=oldest.name, alpha=(0.1, 0.1, 0.1))])
-    assert [row.run for row in read_results(runs_root)] == [oldest.name, newest.name, newest.name]
-    shutil.rmtree(oldest.path)
-    assert len(read_results(runs_root)) == 2

@@ -11,7 +11,8 @@ import torch
 
 from lkspec.measure.walk import walk_rows
 from lkspec.runs.folder import RunFolder
-from lkspec.runs.walk_rows import WalkRow, read_walk_table, write_walk_rows
+from lkspec.runs.rows import WalkRow
+from lkspec.runs.tables import read_rows, write_rows
 from lkspec.types import Batch, TokenStats, text_key
 
 K = 3
@@ -91,7 +92,7 @@ def test_added_rows_replace_those_of_the_same_setting(tmp_path):
 
 def test_rows_come_back_from_the_file(tmp_path):
     rows = [WalkRow("ü", "ab", 1.0, 5, k, 1.0, 7, 1 / 3, 2.5, 0.1, 0.2) for k in (1, 2)]
-    write_walk_rows(tmp_path / "walk.parquet", rows)
-    assert [WalkRow(**row) for row in read_walk_table(tmp_path / "walk.parquet").to_pylist()] == rows
-    write_walk_rows(tmp_path / "walk.parquet", rows[:1])
-    assert read_walk_table(tmp_path / "walk.parquet").num_rows == 1
+    write_rows(tmp_path / "walk.parquet", WalkRow, rows)
+    assert read_rows(tmp_path / "walk.parquet", WalkRow) == rows
+    write_rows(tmp_path / "walk.parquet", WalkRow, rows[:1])
+    assert read_rows(tmp_path / "walk.parquet", WalkRow) == rows[:1]
