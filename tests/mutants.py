@@ -223,7 +223,7 @@ FAULTS = (
     ),
     Fault(
         "the soft cap is left out of the slope",
-        "losses/fused/target_rows.py",
+        "losses/fused/logits.py",
         "slopes = slopes * (1 - (values * (temperature / self.head.soft_cap)) ** 2)",
         "pass",
         ("unit/losses/test_fused_linear.py", "unit/losses/test_fused_rows.py"),
@@ -237,7 +237,7 @@ FAULTS = (
     ),
     Fault(
         "a target row serves the anchor after its own",
-        "losses/fused/served_rows.py",
+        "losses/fused/chunks.py",
         "anchors = depths * mask[0].numel() + rows - (depths + 1)",
         "anchors = depths * mask[0].numel() + rows - depths",
         ("unit/losses/test_fused_linear.py", "unit/losses/test_token_stats.py"),

@@ -30,8 +30,7 @@ from lkspec.drafts.eagle3 import Eagle3
 from lkspec.losses.divergences import logit_stats
 from lkspec.losses.fused import torch_rows, triton_rows
 from lkspec.losses.fused.in_forward import InForward
-from lkspec.losses.fused.scratch import Scratch
-from lkspec.losses.fused.target_rows import Logits
+from lkspec.losses.fused.logits import Logits, Scratch
 from lkspec.losses.fused.token_stats import token_stats
 from lkspec.losses.objectives import LKAlpha, LKLambda, masked_sums, reduce_loss
 from lkspec.losses.target_filter import TargetFilter

@@ -1,27 +1,25 @@
-"""Chunks of target rows: how long a chunk is, and its products with the heads."""
+"""Chunks of target rows: which rows a mask needs, how many make a chunk, and their products with the heads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lkspec.losses.divergences import RowValue
 from lkspec.losses.fused.head_gradients import HeadGradients
 from lkspec.losses.fused.in_forward import InForward
-from lkspec.losses.fused.scratch import Scratch
-from lkspec.losses.fused.served_rows import ServedRows
-from lkspec.losses.fused.target_rows import Logits
+from lkspec.losses.fused.logits import Logits, Scratch, logit_pieces, multiply
 from lkspec.losses.target_filter import TargetFilter
 from lkspec.types import HeadSummary, LinearHead
 from lkspec.vocab import DraftVocab
 
 _CPU_BYTES, _CPU_ROWS = 96 * 2**20, (256, 1024)
-_PIECE_BYTES, _PIECE_COLUMNS = 4 * 2**20, 1024  # of the target's logits that are read piece by piece, in a cache
 _GPU_PAIRS, _GPU_ROWS = 4096, (512, 4096)
 
 
@@ -44,6 +42,45 @@ def chunk_rows(vocab: DraftVocab, num_depths: int, device: torch.device, *, filt
 def products_span_depths(device: torch.device) -> bool:
     """Whether one product takes all depths that share a head; on a CPU the rows of one depth fill it well enough."""
     return device.type != "cpu"
+
+
+class ServedRows(NamedTuple):
+    """The target rows that some depth needs.
+
+    Attributes:
+        rows: flat index b * T + r of each.
+        needed: whether depth k needs the row.
+        anchors: flat index into [K, B, T] of the anchor r - k that the row serves; 0 where it is not needed.
+    """
+
+    rows: Int[Tensor, " R"]
+    needed: Bool[Tensor, "K R"]
+    anchors: Int[Tensor, "K R"]
+
+    def to(self, device: torch.device) -> ServedRows:
+        """The same on a device."""
+        return ServedRows(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+    def place(self, values: Float[Tensor, "K R"], mask: Bool[Tensor, "K B T"]) -> Float[Tensor, "K B T"]:
+        """Moves values from target rows to their anchors; zeros elsewhere."""
+        values = values.masked_fill(~self.needed, 0.0)
+        flat = values.new_zeros(mask.numel()).index_add(0, self.anchors.flatten(), values.flatten())
+        return flat.view(mask.shape)
+
+
+def served_rows(mask: Bool[Tensor, "K B T"]) -> ServedRows:
+    """The target rows behind a mask [k-1, b, t] of anchors."""
+    num_depths = len(mask)
+    at_target = torch.zeros_like(mask)  # [k-1, b, r] = mask[k-1, b, r - k]
+    for depth in range(1, num_depths + 1):
+        at_target[depth - 1, :, depth:] = mask[depth - 1, :, :-depth]
+    rows = at_target.any(0).flatten().nonzero().squeeze(1)
+    needed = at_target.flatten(1)[:, rows]
+    inside = needed.sum() == mask.sum() and not at_target[..., -1].any()
+    assert inside, "mask: a proposed token lies past the end of its row"
+    depths = torch.arange(num_depths, device=mask.device)[:, None]
+    anchors = depths * mask[0].numel() + rows - (depths + 1)
+    return ServedRows(rows, needed, anchors.masked_fill(~needed, 0))
 
 
 @dataclass(frozen=True)
@@ -150,7 +187,7 @@ class ChunkPass:
     def target_logits(self, rows: slice) -> Logits:
         """The target's logits of a chunk."""
         hidden = self._flat_target[self._chunks.served.rows[rows]]
-        product = _product("target_product", hidden.to(self._target_head.weight.dtype), self._target_head, self.scratch)
+        product = multiply("target_product", hidden.to(self._target_head.weight.dtype), self._target_head, self.scratch)
         return Logits(product, self._target_head, self._chunks.temperature_of(rows))
 
     def target_pieces(self, rows: slice) -> Iterator[tuple[slice, Logits]]:
@@ -169,31 +206,12 @@ class ChunkPass:
             anchors = served.anchors[depths, rows].flatten()
             # Zeros BEFORE any arithmetic, so that a NaN at a masked entry meets neither a value nor a gradient.
             hidden = self._flat_hidden[anchors].masked_fill(~needed[:, None], 0.0).to(head.weight.dtype)
-            flat = _product("draft_product", hidden, head, self.scratch)
+            flat = multiply("draft_product", hidden, head, self.scratch)
             products = flat.view(-1, rows.stop - rows.start, len(head.weight))
             for depth, product in enumerate(products, start=depths.start):
                 yield depth, Logits(product, self._heads[depth], temperature)
             if gradients is not None:
                 gradients.add(depths, anchors, hidden, head.weight, products)
-
-
-def logit_pieces(
-    hidden: Float[Tensor, "R H"], head: LinearHead, temperature: float | Float[Tensor, " R"], scratch: Scratch
-) -> Iterator[tuple[slice, Logits]]:
-    """Logits over slices of the vocabulary that fit a CPU's cache, in order, each valid until the next is asked for."""
-    hidden, width = hidden.to(head.weight.dtype), len(head.weight)
-    if hidden.device.type == "cpu":
-        width = max(_PIECE_COLUMNS, _PIECE_BYTES // (4 * max(len(hidden), 1)))
-    for begin in range(0, len(head.weight), width):
-        columns = slice(begin, min(begin + width, len(head.weight)))
-        bias = None if head.bias is None else head.bias[columns]
-        piece = replace(head, weight=head.weight[columns], bias=bias)
-        yield columns, Logits(_product("target_product", hidden, piece, scratch), piece, temperature)
-
-
-def _product(name: str, hidden: Float[Tensor, "R H"], head: LinearHead, scratch: Scratch) -> Float[Tensor, "R W"]:
-    product = scratch(name, len(hidden), len(head.weight), dtype=hidden.dtype)
-    return torch.mm(hidden, head.weight.T, out=product)
 
 
 def _columns(head: LinearHead, vocab: DraftVocab) -> LinearHead:

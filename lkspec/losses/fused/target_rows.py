@@ -1,11 +1,8 @@
-"""The target's side of a chunk: from products with its head to p over the draft vocabulary, which all depths read.
-
-Rows are taken in blocks that fit the cache, with one exponential a logit.
-"""
+"""The target's side of a chunk: from products with its head to p over the draft vocabulary, which all depths read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -13,56 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lkspec.losses.divergences import LOG_ZERO
-from lkspec.losses.fused.scratch import Scratch
+from lkspec.losses.fused.head_summary import summarise
+from lkspec.losses.fused.logits import Logits, Scratch, blocks, softmax_into
 from lkspec.losses.target_filter import TargetFilter
-from lkspec.types import HeadSummary, LinearHead
+from lkspec.types import HeadSummary
 from lkspec.vocab import DraftVocab
-
-_BLOCK_BYTES = 2**20  # a tensor of a block, of each thread: about an L2 cache
-_PIECE = 128
-
-
-class Logits(NamedTuple):
-    """Logits of some rows, not yet scaled, biased, capped and tempered.
-
-    Attributes:
-        product: h W^T in the head's precision.
-        head: says what follows.
-        temperature: divides the logits; a tensor has one a row.
-    """
-
-    product: Float[Tensor, "R W"]
-    head: LinearHead
-    temperature: float | Float[Tensor, " R"]
-
-    def values(self, block: slice, dtype: torch.dtype) -> Float[Tensor, "r W"]:
-        """Of a block of rows, the logits over the temperature; a view of the product where nothing changes it."""
-        values, head = self.product[block].to(dtype), self.head
-        if head.scale != 1.0:
-            values = values * head.scale
-        if head.bias is not None:
-            values = values + head.bias
-        if head.soft_cap is not None:
-            values = head.soft_cap * torch.tanh(values / head.soft_cap)
-        temperature = self._divisor(block, dtype)
-        return values / temperature if isinstance(temperature, Tensor) or temperature != 1.0 else values
-
-    def overwrite(self, block: slice, slopes: Float[Tensor, "r W"], values: Float[Tensor, "r W"] | None) -> None:
-        """Puts d loss / d product in the product's place, from d loss / d values; a soft cap asks for the values."""
-        temperature = self._divisor(block, slopes.dtype)
-        factor = self.head.scale / temperature
-        if isinstance(factor, Tensor) or factor != 1.0:
-            slopes.mul_(factor)
-        if self.head.soft_cap is not None:
-            assert values is not None
-            slopes = slopes * (1 - (values * (temperature / self.head.soft_cap)) ** 2)
-        if (place := self.product[block]).data_ptr() != slopes.data_ptr():
-            place.copy_(slopes)
-
-    def _divisor(self, block: slice, dtype: torch.dtype) -> float | Float[Tensor, "r 1"]:
-        if isinstance(self.temperature, Tensor):
-            return self.temperature[block, None].to(dtype)
-        return self.temperature
 
 
 class TargetRows(NamedTuple):
@@ -151,27 +103,6 @@ def read_target_pieces(
     return _read_inside(log_renormed.__getitem__, log_renormed, summary, scratch, keep_probs=keep_probs)
 
 
-def summarise(
-    pieces: Iterable[tuple[slice, Logits]],
-    num_rows: int,
-    scratch: Scratch,
-    visit: Callable[[slice, Float[Tensor, "R w"]], object] | None = None,
-) -> HeadSummary:
-    """Normaliser and argmax over a vocabulary that comes in pieces; ``visit`` sees the logits of each."""
-    normaliser = torch.full((num_rows,), -torch.inf, dtype=scratch.dtype, device=scratch.device)
-    largest, argmax = normaliser.clone(), torch.zeros(num_rows, dtype=torch.int64, device=scratch.device)
-    for columns, logits in pieces:
-        values = logits.values(slice(0, num_rows), scratch.dtype)
-        log_sum, best = softmax_into(values, scratch("whole", *values.shape))
-        normaliser = torch.logaddexp(normaliser, log_sum)
-        peak = values.gather(1, best[:, None]).squeeze(1)
-        higher = ~(peak <= largest)  # NaN shall stay NaN
-        largest, argmax = torch.where(higher, peak, largest), torch.where(higher, best + columns.start, argmax)
-        if visit is not None:
-            visit(columns, values)
-    return HeadSummary(normaliser, argmax)
-
-
 def read_target_inside(
     logits: Logits, summary: HeadSummary, scratch: Scratch, *, keep_probs: bool = False
 ) -> TargetRows:
@@ -251,37 +182,3 @@ def _target_rows(
 ) -> TargetRows:
     kept = None if renormed is None else renormed.mul_(log_coverage.exp()[:, None])
     return TargetRows(log_renormed, log_coverage, top1, kept)
-
-
-def softmax_into(
-    values: Float[Tensor, "r W"], out: Float[Tensor, "r W"]
-) -> tuple[Float[Tensor, " r"], Int[Tensor, " r"]]:
-    """Softmax into ``out``; returns logsumexp and argmax, of the one exponential."""
-    torch.softmax(values, -1, out=out)
-    peak, best = _largest(values)
-    return peak - out.gather(1, best[:, None]).squeeze(1).log(), best
-
-
-def _largest(values: Float[Tensor, "r W"]) -> tuple[Float[Tensor, " r"], Int[Tensor, " r"]]:
-    """Maximum and its first index: ``values.max(-1)``, which is not vectorised on a CPU, as a maximum of maxima."""
-    width = values.shape[1]
-    if width <= _PIECE or values.device.type != "cpu":
-        peak, best = values.max(-1)
-        return peak, best
-    whole = width // _PIECE * _PIECE
-    maxima = values[:, :whole].unflatten(1, (-1, _PIECE)).amax(-1)
-    if whole < width:
-        maxima = torch.cat([maxima, values[:, whole:].amax(-1, keepdim=True)], dim=1)
-    piece = maxima.argmax(-1, keepdim=True) * _PIECE + torch.arange(_PIECE, device=values.device)
-    piece.clamp_(max=width - 1)
-    peak, inside = values.gather(1, piece).max(-1, keepdim=True)
-    return peak.squeeze(1), piece.gather(1, inside).squeeze(1)
-
-
-def blocks(rows: Float[Tensor, "R W"]) -> Iterator[slice]:
-    """Slices of rows that stay in cache from one operation to the next; on an accelerator all rows."""
-    size = max(1, len(rows))
-    if rows.device.type == "cpu":
-        size = max(4, _BLOCK_BYTES * torch.get_num_threads() // (4 * rows.shape[1]))
-    for begin in range(0, len(rows), size):
-        yield slice(begin, min(begin + size, len(rows)))

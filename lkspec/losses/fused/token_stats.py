@@ -31,10 +31,9 @@ from torch.autograd.function import once_differentiable
 
 from lkspec.losses.divergences import RowValue, check_temperature
 from lkspec.losses.fused import torch_rows
-from lkspec.losses.fused.chunks import ChunkPass, Chunks, chunk_rows, products_span_depths
+from lkspec.losses.fused.chunks import ChunkPass, Chunks, chunk_rows, products_span_depths, served_rows
 from lkspec.losses.fused.head_gradients import HeadGradients
 from lkspec.losses.fused.in_forward import InForward
-from lkspec.losses.fused.served_rows import served_rows
 from lkspec.losses.target_filter import TargetFilter
 from lkspec.types import HeadSummary, LinearHead, TokenStats
 from lkspec.vocab import DraftVocab

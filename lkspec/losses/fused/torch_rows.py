@@ -18,16 +18,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lkspec.losses.divergences import RowValue, row_divergences, text_stats
-from lkspec.losses.fused.scratch import Scratch
+from lkspec.losses.fused.logits import Logits, Scratch, blocks, softmax_into
 from lkspec.losses.fused.target_rows import (
-    Logits,
     TargetRows,
-    blocks,
     read_target,
     read_target_columns,
     read_target_inside,
     read_target_pieces,
-    softmax_into,
 )
 from lkspec.vocab import DraftVocab
 

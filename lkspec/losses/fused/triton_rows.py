@@ -9,8 +9,7 @@ import triton
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lkspec.losses.fused.scratch import Scratch
-from lkspec.losses.fused.target_rows import Logits
+from lkspec.losses.fused.logits import Logits, Scratch
 from lkspec.losses.fused.triton_kernels import LOG2_E, VECTOR, draft_kernel, slopes_kernel, target_kernel
 from lkspec.losses.target_filter import TargetFilter
 from lkspec.types import HeadSummary

@@ -26,10 +26,9 @@ from fused_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lkspec.losses.fused import chunks as chunk_walk
-from lkspec.losses.fused import target_rows
+from lkspec.losses.fused import chunks, logits
 from lkspec.losses.fused.chunks import chunk_rows
-from lkspec.losses.fused.target_rows import _largest
+from lkspec.losses.fused.logits import _largest
 from lkspec.losses.fused.torch_rows import EXACT_BELOW
 from lkspec.losses.objectives import LKAlpha, LKLambda, reduce_loss
 from lkspec.types import LinearHead
@@ -50,9 +49,9 @@ def test_largest_is_the_first_maximum(width: int, distinct: int, seed: int):
 
 @pytest.mark.parametrize("vocab", [DraftVocab(torch.arange(WIDE) * 2, 2 * WIDE), DraftVocab.full(WIDE)])
 def test_rows_of_many_blocks(vocab: DraftVocab, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(target_rows, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(logits, "_BLOCK_BYTES", 1)
     case = make_case(vocab=vocab, heads="ABA", shaped=True, mask=masks()["holes"])
-    assert max(block.stop - block.start for block in target_rows.blocks(torch.empty(9, WIDE))) == 4
+    assert max(block.stop - block.start for block in logits.blocks(torch.empty(9, WIDE))) == 4
     assert_equals_reference(case, chunk_size=None)
 
 
@@ -60,8 +59,8 @@ def test_rows_of_many_blocks(vocab: DraftVocab, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("ids", [[0, 2, 3, 5, 8, 9], [9, 10], [1, 7]], ids=str)
 def test_a_target_read_in_many_pieces(ids: list[int], shaped: bool, monkeypatch: pytest.MonkeyPatch):
     """Pieces with several tokens of the draft vocabulary, and with none."""
-    monkeypatch.setattr(chunk_walk, "_PIECE_BYTES", 1)
-    monkeypatch.setattr(chunk_walk, "_PIECE_COLUMNS", 3)
+    monkeypatch.setattr(logits, "_PIECE_BYTES", 1)
+    monkeypatch.setattr(logits, "_PIECE_COLUMNS", 3)
     assert_equals_reference(make_case(vocab=DraftVocab(torch.tensor(ids), V), heads="ABA", shaped=shaped))
 
 
@@ -69,7 +68,7 @@ def test_a_target_read_in_many_pieces(ids: list[int], shaped: bool, monkeypatch:
 @pytest.mark.parametrize("shaped", [False, True], ids=["plain", "scale_bias_cap"])
 def test_products_over_several_depths(shaped: bool, heads: str, monkeypatch: pytest.MonkeyPatch):
     """As on a GPU, where depths of one head share a product."""
-    monkeypatch.setattr(chunk_walk, "products_span_depths", lambda device: True)
+    monkeypatch.setattr(chunks, "products_span_depths", lambda device: True)
     assert_equals_reference(make_case(heads=heads, shaped=shaped, mask=masks()["holes"]))
 
 

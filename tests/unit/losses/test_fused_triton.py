@@ -38,8 +38,7 @@ from torch import Tensor
 from lkspec.losses.divergences import LOG_ZERO, logit_stats
 from lkspec.losses.fused import token_stats as fused_linear
 from lkspec.losses.fused import torch_rows
-from lkspec.losses.fused.scratch import Scratch
-from lkspec.losses.fused.target_rows import Logits
+from lkspec.losses.fused.logits import Logits, Scratch
 from lkspec.losses.objectives import LKAlpha, LKLambda, Objective, jensen_shannon, reduce_loss
 from lkspec.losses.target_filter import TargetFilter
 from lkspec.types import HeadSummary, LinearHead, TokenStats

@@ -7,8 +7,8 @@ import torch
 from fused_cases import FULL, TRUNCATED, assert_close, counts, gradients, in_forward, make_case
 
 from lkspec.losses.divergences import logit_stats
-from lkspec.losses.greedy_mixed import GreedyMixed
 from lkspec.losses.objectives import KL, JensenShannon, LKAlpha, LKLambda, Objective, reduce_loss
+from lkspec.losses.wrapping import GreedyMixed
 from lkspec.types import TokenStats
 from lkspec.vocab import DraftVocab
 

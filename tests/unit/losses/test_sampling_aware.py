@@ -9,9 +9,8 @@ import torch
 
 from lkspec.losses.divergences import logit_stats
 from lkspec.losses.expected_length import ExpectedLength
-from lkspec.losses.filter_aware import FilterAware
 from lkspec.losses.objectives import KL, TV, Comparison, JensenShannon, LKAlpha, LKLambda, Objective
-from lkspec.losses.temperature_mixed import TemperatureMixed
+from lkspec.losses.wrapping import FilterAware, TemperatureMixed
 from lkspec.types import TokenStats
 from lkspec.vocab import DraftVocab
 

@@ -16,7 +16,7 @@ from lkspec.data.dataset import collate
 from lkspec.decoding.walk import walk_turns
 from lkspec.drafts.eagle3 import Eagle3
 from lkspec.losses.objectives import KL, TV, LKAlpha, LKLambda, Objective
-from lkspec.losses.temperature_mixed import TemperatureMixed
+from lkspec.losses.wrapping import TemperatureMixed
 from lkspec.targets.tiny import TinyTarget
 from lkspec.training.module import SpeculatorModule, restore_rng_state, rng_state
 from lkspec.training.statistics import draft_stats
