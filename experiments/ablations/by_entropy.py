@@ -54,7 +54,7 @@ def main() -> None:
         target = run.target
         store = read_tokenised(
             options.answers, target.tokenizer, max_length=target.max_positions, eos_ids=target.eos_ids
-        ).store
+        )
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if set(store.temperatures) != {1.0}:

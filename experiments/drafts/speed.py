@@ -62,7 +62,7 @@ def first_batch(target: SmolLM2Target) -> Batch:
         train="embedded:train.jsonl", validation=[], max_length=320, max_tokens=768, limit_conversations=16, seed=0
     )
     data.bind(target.tokenizer, eos_ids=target.eos_ids, max_positions=target.max_positions)
-    data.setup()
+    data.adopt(data.read())
     batch: Batch = max((batches[0] for batches in data.train_dataloader()), key=lambda b: b.num_supervised)
     return batch
 

@@ -45,7 +45,7 @@ def main() -> None:
         train="embedded:train.jsonl", max_length=1024, max_tokens=4096, val_fraction=0.18, limit_conversations=760
     )
     data.bind(target.tokenizer, eos_ids=target.eos_ids, max_positions=target.max_positions)
-    data.setup()
+    data.adopt(data.read())
     batches = [step[0] for step in data.train_dataloader()][:NUM_STEPS]
     captured = CapturedStates(options.states, target)
     drafts: dict[str, Draft] = {

@@ -71,7 +71,7 @@ class Benchmark:
             raise ValueError(f"benchmark {name}: max_new_tokens must be at least 1, got {max_new_tokens}")
         repeated = [prompt_id for prompt_id, count in Counter(row.id for row in rows).items() if count > 1]
         if repeated:
-            raise ValueError(f"benchmark {name}: every prompt needs an id of its own, {repeated[0]!r} is repeated")
+            raise ValueError(f"benchmark {name}: every prompt needs its own id, {repeated[0]!r} is repeated")
         self.name = name
         self.template = template
         self.system_prompt = system_prompt

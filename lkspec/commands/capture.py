@@ -22,7 +22,7 @@ from lkspec.data.captured import CapturedStates, CaptureWriter, capture_writer, 
 from lkspec.data.datamodule import SpeculatorDataModule
 from lkspec.data.dataset import EncodedStore, collate
 from lkspec.losses.fused.head_summary import head_summary
-from lkspec.reporting.terminal import console, facts, progress, say
+from lkspec.reporting.terminal import facts, progress, say
 from lkspec.targets.base import Target
 from lkspec.types import TargetStates
 
@@ -51,13 +51,13 @@ def main(config: DictConfig) -> None:
         there = (out / MANIFEST).exists() and not config.overwrite
         captured = CapturedStates(out, target) if there else ()
         _print_plan([text for text in texts if text.key not in captured], texts, target, out, shard_bytes)
-        console.print("plan=true: nothing was written")
+        say("plan=true: nothing was written")
         return
     with capture_writer(
         out, target, data=data.fingerprint, shard_bytes=shard_bytes, overwrite=config.overwrite
     ) as writer:
         for reason in writer.repaired:
-            console.print(f"captured anew: {reason}", soft_wrap=True)
+            say(f"captured anew: {reason}")
         waiting = [text for text in texts if text.key not in writer]
         if waiting:
             _print_plan(waiting, texts, target, out, shard_bytes)
@@ -86,33 +86,33 @@ def _states(text: _Text, target: Target) -> TargetStates:
 
 
 def _capture(waiting: Sequence[_Text], target: Target, writer: CaptureWriter) -> None:
-    start, num_tokens = time.monotonic(), sum(text.num_tokens for text in waiting)
+    start, num_tokens = time.monotonic(), _num_tokens(waiting)
     with progress("capturing", num_tokens, "tokens") as advance:
         for text in waiting:
             writer.add(text.key, _states(text, target))
             advance(text.num_tokens)
         writer.flush()
     seconds = time.monotonic() - start
-    console.print(
-        f"captured {len(waiting):,} conversations, {num_tokens:,} tokens in {_duration(seconds)}: "
+    duration = f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 3600:.2f} hours"
+    say(
+        f"captured {len(waiting):,} conversations, {num_tokens:,} tokens in {duration}: "
         f"{num_tokens / seconds:,.0f} tokens/s"
     )
 
 
 def _print_plan(waiting: Sequence[_Text], texts: Sequence[_Text], target: Target, out: Path, shard_bytes: int) -> None:
     """Disk, memory and time; measures the target's speed on some conversations."""
-    num_tokens = sum(text.num_tokens for text in waiting)
+    num_tokens, width = _num_tokens(waiting), bytes_per_token(target)
     lines = {
         "to capture": f"{len(waiting):,} of {len(texts):,} conversations, {num_tokens:,} tokens",
-        "disk": f"{_gigabytes(num_tokens * bytes_per_token(target))} in {out} ({bytes_per_token(target):,} bytes a "
-        f"token), {_gigabytes(_free_bytes(out))} free",
+        "disk": f"{_gigabytes(num_tokens * width)} in {out} ({width:,} bytes per token), {_gigabytes(_free(out))} free",
     }
     if waiting:
         speed = _measured_speed(waiting, target)
-        lines["memory"] = _memory(target, min(shard_bytes, num_tokens * bytes_per_token(target)))
+        lines["memory"] = _memory(target, min(shard_bytes, num_tokens * width))
         lines["hours"] = (
             f"{num_tokens / speed / 3600:.2g} at the {speed:,.0f} tokens/s just measured on {target.device}, "
-            f"if the disk takes {speed * bytes_per_token(target) / 1e6:,.0f} MB/s"
+            f"if the disk takes {speed * width / 1e6:,.0f} MB/s"
         )
     facts(lines)
 
@@ -142,17 +142,12 @@ def _memory(target: Target, shard_bytes: int) -> str:
 
 
 def _refuse_small_disk(waiting: Sequence[_Text], target: Target, out: Path) -> None:
-    needed, free = sum(text.num_tokens for text in waiting) * bytes_per_token(target), _free_bytes(out)
+    needed, free = _num_tokens(waiting) * bytes_per_token(target), _free(out)
     if needed > free:
         raise ValueError(
             f"{out}: the states take {_gigabytes(needed)}, but only {_gigabytes(free)} are free; name another disk in "
             "out=..., or capture fewer conversations (data.limit_conversations) or shorter ones (data.max_length)"
         )
-
-
-def _free_bytes(out: Path) -> int:
-    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    return shutil.disk_usage(existing).free
 
 
 def _report(writer: CaptureWriter, target: Target, out: Path) -> None:
@@ -161,18 +156,23 @@ def _report(writer: CaptureWriter, target: Target, out: Path) -> None:
     num_conversations, num_tokens, num_bytes = (
         sum(getattr(shard, name) for shard in shards) for name in ("num_conversations", "num_tokens", "num_bytes")
     )
-    console.print(
+    say(
         f"{out} holds {num_conversations:,} conversations, {num_tokens:,} tokens at {bytes_per_token(target):,} bytes "
-        f"in {len(shards)} shards of together {_gigabytes(num_bytes)}; to train from it:",
-        soft_wrap=True,
+        f"in {len(shards)} shards of together {_gigabytes(num_bytes)}; to train from it:"
     )
     chosen = [o for o in HydraConfig.get().overrides.task if o.startswith(("target", "data", "seed"))]
     say(shlex.join(["lkspec", "train", *chosen, f"states_dir={out}"]))
 
 
+def _num_tokens(texts: Sequence[_Text]) -> int:
+    return sum(text.num_tokens for text in texts)
+
+
+def _free(out: Path) -> int:
+    """Free bytes of the disk that a folder lies on or will."""
+    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
+
+
 def _gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:,.3g} GB" if num_bytes < 1e12 else f"{num_bytes / 1e12:,.1f} TB"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 3600:.2f} hours"

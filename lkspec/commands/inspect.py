@@ -38,7 +38,7 @@ def main(config: DictConfig) -> None:
     read = data.encoded
     total = sum(len(conversation.tokens) for conversation in conversations)
     console.print(
-        f"{data.num_conversations:,} conversations, {total:,} tokens, {data.num_supervised_tokens:,} supervised "
+        f"{len(conversations):,} conversations, {total:,} tokens, {data.num_supervised_tokens:,} supervised "
         f"({data.num_supervised_tokens / total:.0%}); coloured: supervised, dim: read only. {read.num_bad_rows} bad "
         f"rows skipped, {read.num_dropped} conversations without an answer dropped"
     )

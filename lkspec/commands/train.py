@@ -79,7 +79,7 @@ def _print_facts(job: Job, module: SpeculatorModule, target: Target, data: Specu
             "target": f"{target.name}: {target.num_parameters:,} parameters, {target.dtype}, {target.device}, "
             f"{target.attn_implementation} attention, auxiliary layers {', '.join(map(str, target.aux_layer_ids))}",
             "objective": module.objective.describe() + (f", eta is {chosen}" if chosen else ""),
-            "data": f"{data.num_conversations:,} conversations, {data.num_supervised_tokens:,} supervised tokens",
+            "data": f"{len(data.train_set):,} conversations, {data.num_supervised_tokens:,} supervised tokens",
             "vocabulary": f"{draft.vocab.size:,} of {draft.vocab.target_size:,} tokens, "
             f"covers {draft.vocab.coverage(counts):.2%} of the supervised ones",
         }

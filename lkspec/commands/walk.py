@@ -75,7 +75,7 @@ def _walk(run: TrainedRun, answers: Sequence[str], sharpness: Sequence[float], n
 
 def _read(path: str, run: TrainedRun) -> EncodedStore:
     target = run.target
-    store = read_tokenised(path, target.tokenizer, max_length=target.max_positions, eos_ids=target.eos_ids).store
+    store = read_tokenised(path, target.tokenizer, max_length=target.max_positions, eos_ids=target.eos_ids)
     unknown = [name for name, temperature in zip(store.ids, store.temperatures, strict=True) if temperature is None]
     if unknown:
         raise ValueError(

@@ -6,11 +6,11 @@ A capture is a folder::
     shard-00000.safetensors  a tensor [L, AH + H + 4] in bfloat16 for each conversation
     .lock                    held by the one writer
 
-A token's row has its auxiliary states, low to high, its last state, and in the bits of the last four columns what the
-logits of that last state, as it is stored, come to over the whole vocabulary: log_normaliser (float32), argmax (int32).
+A token's row has its auxiliary states, low to high, its last state, and in the bits of the last four columns a summary
+of the logits of that last state, as it is stored, over the whole vocabulary: log_normaliser (float32), argmax (int32).
 With them a draft over part of the vocabulary trains without the products with the rest of the target's head.
 
-It takes ``2 (A + 1) H + 8`` bytes a token: 4,616 for SmolLM2-135M (A = 3, H = 576), 32,776 for a target with H = 4096.
+It takes ``2 (A + 1) H + 8`` bytes per token: 4,616 for SmolLM2-135M (A = 3, H = 576), 32,776 at H = 4,096.
 
 The states of a conversation depend on the target and its tokens alone, so its tensor is named by ``text_key``: ids may
 change, a run may use any part of what was captured, and a capture can be added to. Other data are therefore refused by

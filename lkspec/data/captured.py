@@ -115,7 +115,7 @@ class CaptureWriter:
     A kill loses the conversations since the last shard: a shard counts once the manifest names it.
 
     Attributes:
-        repaired: what was wrong with the shards that were dropped on opening.
+        repaired: what was wrong with the shards that were dropped at the start.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, *, shard_bytes: int) -> None:

@@ -71,7 +71,7 @@ class BadRows:
             self.reasons.append(f"{place}: {reason}")
 
     def summary(self) -> str:
-        """The count and the first reasons, one a line."""
+        """The count and the first reasons, one per line."""
         return "\n  ".join([f"{self.count} bad rows left out", *self.reasons])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +23,7 @@ from lkspec.types import Batch
 class SpeculatorDataModule(LightningDataModule):
     """Conversations as batches of tokens with their assistant turns marked.
 
-    Call ``bind`` with the target's tokenizer before ``setup``.
+    Call ``bind`` with the target's tokenizer, then ``adopt`` what ``read`` gives.
 
     Args:
         train: where the training conversations lie (see ``read_conversations``).
@@ -97,15 +98,6 @@ class SpeculatorDataModule(LightningDataModule):
             )
         self._tokenizer, self._eos_ids = tokenizer, eos_ids
 
-    def setup(self, stage: str | None = None) -> None:
-        """Reads and tokenises everything, once.
-
-        Raises:
-            ValueError: as ``read``.
-        """
-        if self._train is None:
-            self.adopt(self.read())
-
     def adopt(self, encoded: EncodedData) -> None:
         """Takes what ``read`` gives, or gave to a data module of the same files, lengths and split."""
         self._encoded = encoded
@@ -117,8 +109,14 @@ class SpeculatorDataModule(LightningDataModule):
         Raises:
             ValueError: as ``read_conversations`` and ``encode_conversation``; no conversation left with an answer.
         """
+        assert self._tokenizer is not None, "call bind(...) first"
+        everything, *others = (
+            read_tokenised(
+                path, self._tokenizer, max_length=self.max_length, eos_ids=self._eos_ids, on_bad_row=self.on_bad_row
+            )
+            for path in (self._train_path, *self._validation_paths)
+        )
         encoded = EncodedData()
-        everything = self._tokenised(self._train_path, encoded)
         for one in everything:
             held_out = is_held_out(one.id, fraction=self._val_fraction, seed=self._split_seed)
             (encoded.validation if held_out else encoded.train).append(one)
@@ -127,20 +125,12 @@ class SpeculatorDataModule(LightningDataModule):
                 f"data.val_fraction={self._val_fraction} holds out {len(encoded.validation)} of {len(everything)} "
                 "conversations: change it, or name a validation set"
             )
-        for path in self._validation_paths:
-            for one in self._tokenised(path, encoded):
-                encoded.validation.append(one)
+        for one in itertools.chain(*others):
+            encoded.validation.append(one)
+        for store in (everything, *others):
+            encoded.num_bad_rows += store.num_bad_rows
+            encoded.num_dropped += store.num_dropped
         return encoded
-
-    def _tokenised(self, path: str, encoded: EncodedData) -> EncodedStore:
-        """The conversations of a path; what is left out is counted."""
-        assert self._tokenizer is not None, "call bind(...) before setup()"
-        read = read_tokenised(
-            path, self._tokenizer, max_length=self.max_length, eos_ids=self._eos_ids, on_bad_row=self.on_bad_row
-        )
-        encoded.num_bad_rows += read.num_bad_rows
-        encoded.num_dropped += read.num_dropped
-        return read.store
 
     def train_dataloader(self) -> StepLoader:
         """Optimiser steps of this rank, each a list of ``accumulate`` batches."""
@@ -164,7 +154,7 @@ class SpeculatorDataModule(LightningDataModule):
         return [*sorted(t for t in known if t is not None), *([None] if None in known else [])]
 
     def val_dataloader(self) -> list[EvaluationLoader]:
-        """A loader a temperature: every conversation once over all ranks, in a fixed order, one batch a step."""
+        """A loader per temperature: every conversation once over all ranks, in a fixed order, one batch per step."""
         store, loaders = self.validation_set, []
         for temperature in self.val_temperatures:
             chosen = [index for index, known in enumerate(store.temperatures) if known == temperature]
@@ -198,11 +188,6 @@ class SpeculatorDataModule(LightningDataModule):
         return self.train_set.fingerprint()
 
     @property
-    def num_conversations(self) -> int:
-        """Training conversations."""
-        return len(self.train_set)
-
-    @property
     def num_supervised_tokens(self) -> int:
         """Supervised tokens of the training conversations."""
         return int(self.train_set.supervised_tokens().size)
@@ -210,18 +195,18 @@ class SpeculatorDataModule(LightningDataModule):
     @property
     def train_set(self) -> EncodedStore:
         """The training conversations."""
-        assert self._train is not None, "call setup() first"
+        assert self._train is not None, "call adopt(...) first"
         return self._train
 
     @property
     def validation_set(self) -> EncodedStore:
-        """The validation conversations; empty when there are none."""
+        """The validation conversations; may be empty."""
         return self.encoded.validation
 
     @property
     def encoded(self) -> EncodedData:
         """Everything that was read."""
-        assert self._encoded is not None, "call setup() first"
+        assert self._encoded is not None, "call adopt(...) first"
         return self._encoded
 
     @property

@@ -25,9 +25,15 @@ _MIN_SLOTS = 2  # a batch without any conversation still has an anchor and a nex
 
 
 class EncodedStore:
-    """Tokenised conversations in four bytes a token, so that data loader workers share them instead of copying."""
+    """Tokenised conversations in four bytes per token, so that data loader workers share them instead of copying.
+
+    Attributes:
+        num_bad_rows: left out on reading because they cannot be used.
+        num_dropped: left out on reading, without an answer inside the length that is kept.
+    """
 
     def __init__(self) -> None:
+        self.num_bad_rows = self.num_dropped = 0
         self.ids: list[str] = []
         self.temperatures: list[float | None] = []
         self._tokens = array("i")
@@ -215,7 +221,7 @@ class _Steps(Dataset[list[Batch]]):
 
 
 class EvaluationLoader(DataLoader[list[Batch]]):
-    """Yields the micro-batches of one step after another, made in worker processes if there are any."""
+    """Yields the micro-batches of one step after another, made in ``num_workers`` worker processes (0: in this one)."""
 
     def __init__(self, store: EncodedStore, steps: Sampler[Step] | list[Step], *, num_workers: int = 0) -> None:
         super().__init__(

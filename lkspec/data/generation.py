@@ -187,17 +187,10 @@ class ResumableJsonl:
             )
 
     def _recover(self) -> list[dict[str, Any]]:
-        rows, good = [], 0
-        data = self.partial.read_bytes()
-        for line in data.splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break
-            rows.append(json.loads(line))
-            good += len(line)
-        if good < len(data):
-            with self.partial.open("r+b") as file:
-                file.truncate(good)
-        return rows
+        whole, newline, torn = self.partial.read_bytes().rpartition(b"\n")
+        if torn:
+            os.truncate(self.partial, len(whole) + len(newline))
+        return [json.loads(line) for line in whole.splitlines()]
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds a row; once this returns, a killed process loses nothing."""

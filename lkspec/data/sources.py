@@ -59,12 +59,12 @@ def embedded_path(name: str) -> Path:
     """A data file packaged with lkspec.
 
     Raises:
-        ValueError: no such file; lists those there are.
+        ValueError: no such file; lists the existing ones.
     """
     folder = Path(str(importlib.resources.files("lkspec.data") / "embedded"))
     if not (folder / name).is_file():
         there = ", ".join(sorted(file.name for file in folder.glob("*.jsonl"))) or "none"
-        raise ValueError(f"embedded:{name}: no such packaged data set; there are: {there}")
+        raise ValueError(f"embedded:{name}: no such packaged data set; expected one of: {there}")
     return folder / name
 
 

@@ -29,20 +29,6 @@ _MIN_CACHED = 1000  # fewer conversations are tokenised again; at 3 ms each, man
 _CODE = ("chat.py", "conversations.py", "dataset.py", "sources.py")  # what a tokenised conversation depends on
 
 
-@dataclass(frozen=True)
-class Tokenised:
-    """The conversations of a path, without those that have no supervised token left.
-
-    Attributes:
-        num_bad_rows: left out for a reason of their own.
-        num_dropped: without an answer inside the length that is kept.
-    """
-
-    store: EncodedStore
-    num_bad_rows: int = 0
-    num_dropped: int = 0
-
-
 def read_tokenised(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -50,8 +36,10 @@ def read_tokenised(
     max_length: int,
     eos_ids: tuple[int, ...],
     on_bad_row: OnBadRow = "error",
-) -> Tokenised:
-    """Reads and tokenises a path; what is left out is counted, and said in the log.
+) -> EncodedStore:
+    """Reads and tokenises a path, without conversations that have no supervised token left.
+
+    What is left out is counted, and said in the log.
 
     Args:
         path: as ``read_conversations`` takes it.
@@ -64,8 +52,8 @@ def read_tokenised(
     cached = cache_file(path, tokenizer, max_length=max_length, eos_ids=eos_ids)
     if cached is not None and cached.is_file():
         with suppress(SafetensorError):  # a damaged file is made again
-            return Tokenised(EncodedStore.load(cached))
-    bad_rows, store, num_dropped = BadRows(on_bad_row), EncodedStore(), 0
+            return EncodedStore.load(cached)
+    bad_rows, store = BadRows(on_bad_row), EncodedStore()
     conversations = read_conversations(path, bad_rows)
     for conversation in conversations:
         try:
@@ -76,18 +64,19 @@ def read_tokenised(
         if one.num_supervised:
             store.append(one)
         else:
-            num_dropped += 1
-    cut = f"{num_dropped} conversations have no answer within data.max_length={max_length}"
+            store.num_dropped += 1
+    store.num_bad_rows = bad_rows.count
+    cut = f"{store.num_dropped} conversations have no answer within data.max_length={max_length}"
     if len(store) == 0:
         raise ValueError(f"{path}: none of {len(conversations)} is left: {cut}, {bad_rows.summary()}")
     if bad_rows.count:
         log.warning("%s: %s", path, bad_rows.summary())
-    if num_dropped:
+    if store.num_dropped:
         log.warning("%s: %s", path, cut)
     # What is left out must be said in every run.
-    if cached is not None and len(store) >= _MIN_CACHED and not (bad_rows.count or num_dropped):
+    if cached is not None and len(store) >= _MIN_CACHED and not (bad_rows.count or store.num_dropped):
         store.save(cached)
-    return Tokenised(store, bad_rows.count, num_dropped)
+    return store
 
 
 def cache_file(
@@ -115,7 +104,7 @@ class EncodedData:
     """A run's conversations: those to train on, beyond a limit on their number too, and the held-out ones.
 
     Attributes:
-        num_bad_rows, num_dropped: as in ``Tokenised``, of all of its paths.
+        num_bad_rows, num_dropped: as in ``EncodedStore``, of everything that was read.
     """
 
     train: EncodedStore = field(default_factory=EncodedStore)

@@ -19,7 +19,7 @@ class StandaloneLayer(nn.Module):
     """A decoder layer with its rotary embedding, trainable in float32.
 
     In the training-time test one ``lkspec.nn.attention.Unrolled`` is its mask and its cache. With a tensor as the mask,
-    keys beyond its columns are keys of each query's own, S slots a depth.
+    keys beyond its columns are each query's own, S slots per depth.
 
     Args:
         decoder: the model's stack of layers.
@@ -40,7 +40,7 @@ class StandaloneLayer(nn.Module):
             self.layer.load_state_dict(original.state_dict())
         else:
             self.layer.apply(decoder._init_weights)
-        self.layer.self_attn.layer_idx = 0  # it has a cache of its own
+        self.layer.self_attn.layer_idx = 0  # it has its own cache
         self.rotary = copy.deepcopy(decoder.rotary_emb).float().train()  # frozen targets are in eval mode
         per_type = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
         self._rotary_options = {"layer_type": layer_type} if per_type else {}

@@ -32,7 +32,7 @@ def decoder_dims(config: Any) -> DecoderDims:
         ValueError: RoPE that changes with the sequence length.
     """
     rope = dict(getattr(config, "rope_parameters", None) or {})
-    if "full_attention" in rope:  # one set a layer type: the draft's layer is a full-attention one
+    if "full_attention" in rope:  # one set per layer type: the draft's layer is a full-attention one
         rope = dict(rope["full_attention"])
     rope.pop("partial_rotary_factor", None)  # the draft's layer rotates whole heads, here and in engines
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

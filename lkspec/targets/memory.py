@@ -26,7 +26,7 @@ class RememberedStates:
             at once.
         company: by a conversation's ``text_key`` the batch that it is computed in, since one conversation does not fill
             a GPU; None for one that has no company.
-        summarise: what the logits of last hidden states come to, remembered with them; None where no loss will read it.
+        summarise: the summary of the logits of last hidden states, remembered with them; None where no loss reads it.
         with_aux: also remember the auxiliary states; without them they are [.., 0], for drafts that do not read them.
     """
 

@@ -99,5 +99,5 @@ def test_bad_arguments_are_refused(change, message):
 
 
 def test_repeated_ids_are_refused():
-    with pytest.raises(ValueError, match="benchmark b: every prompt needs an id of its own, 'p1' is repeated"):
+    with pytest.raises(ValueError, match="benchmark b: every prompt needs its own id, 'p1' is repeated"):
         benchmark([*rows(3), rows(2)[1]])

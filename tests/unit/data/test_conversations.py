@@ -206,7 +206,7 @@ def test_embedded_paths_name_packaged_files(tmp_path, monkeypatch):
     write_rows(tmp_path / "embedded" / "train.jsonl", [GOOD])
     monkeypatch.setattr(sources.importlib.resources, "files", lambda package: {"lkspec.data": tmp_path}[package])
     assert read_conversations("embedded:train.jsonl") == [Conversation("train:1", PAIR)]
-    with pytest.raises(ValueError, match=r"no such packaged data set; there are: train.jsonl"):
+    with pytest.raises(ValueError, match=r"no such packaged data set; expected one of: train.jsonl"):
         read_conversations("embedded:other.jsonl")
 
 

@@ -36,7 +36,7 @@ def answer_of(text):
 def ready(chat, **options):
     data = SpeculatorDataModule(**{"max_length": 300, "max_tokens": 1200, **options})
     data.bind(chat.tokenizer, eos_ids=chat.eos_ids, max_positions=2048)
-    data.setup("fit")
+    data.adopt(data.read())
     return data
 
 
@@ -60,7 +60,7 @@ def test_numbers_of_the_training_split_are_those_of_its_conversations(chat):
     ]
     counts = Counter(token for e in expected for token, turn in zip(e.tokens, e.turns, strict=True) if turn)
     vocab_size = len(chat.tokenizer)
-    assert data.num_conversations == 12
+    assert len(data.train_set) == 12
     assert data.num_supervised_tokens == sum(counts.values())
     assert data.token_counts(vocab_size).tolist() == [counts[token] for token in range(vocab_size)]
     assert data.token_counts(vocab_size).shape == (vocab_size,)
@@ -182,7 +182,7 @@ def test_conversations_without_an_answer_in_reach_are_dropped_and_counted(chat, 
 
 def test_limit_conversations_spreads_over_training_only(chat):
     data = ready(chat, train="tiny:20", validation="tiny:6", limit_conversations=4)
-    assert (data.num_conversations, len(data.validation_set)) == (4, 6)
+    assert (len(data.train_set), len(data.validation_set)) == (4, 6)
     every = ready(chat, train="tiny:20", validation="tiny:6").train_set
     assert [data.train_set[i].id for i in range(4)] == [every[i].id for i in (0, 5, 10, 15)]
     with pytest.raises(ValueError, match=r"data.limit_conversations"):

@@ -56,6 +56,7 @@ def fit(chat, folder, *, num_workers=0, resume=None, validation=True, **limits):
         num_workers=num_workers,
     )
     data.bind(chat.tokenizer, eos_ids=chat.eos_ids, max_positions=2048)
+    data.adopt(data.read())
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=1,

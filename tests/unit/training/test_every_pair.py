@@ -26,7 +26,7 @@ GAMMA = 0.8
 def batch(tiny_target) -> Batch:
     data = SpeculatorDataModule(train="tiny:3", max_length=200, max_tokens=600)
     data.bind(tiny_target.tokenizer, eos_ids=tiny_target.eos_ids, max_positions=tiny_target.max_positions)
-    data.setup()
+    data.adopt(data.read())
     return collate([[data.train_set[0]], [data.train_set[1], data.train_set[2]]])
 
 

@@ -46,7 +46,7 @@ def batches(target) -> list[Batch]:
     """Micro-batches of different sizes: 2 rows, 1 row, 1 packed row of 2 conversations, 1 row."""
     data = SpeculatorDataModule(train="tiny:6", max_length=300, max_tokens=600)
     data.bind(target.tokenizer, eos_ids=target.eos_ids, max_positions=target.max_positions)
-    data.setup()
+    data.adopt(data.read())
     one = [data.train_set[index] for index in range(6)]
     return [collate([one[:1], one[1:2]]), collate([one[2:3]]), collate([one[3:5]]), collate([one[5:6]])]
 
