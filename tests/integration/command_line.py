@@ -32,6 +32,14 @@ TINY_RUN = (*TINY_DATA, "debug=smoke", "draft.num_depths=2", *CPU)
 NO_EVALUATION = ("~callbacks.acceptance_length",)
 # A few tokens of decoding: enough rounds to count.
 BRIEF_EVALUATION = ("benchmark=mini_math", "benchmark.num_prompts=2", "++benchmark.max_new_tokens=16")
+STEPS, SAVED = 6, 4  # of a trained run, and where it left a checkpoint on its way
+TRAINED_RUN = (
+    *TINY_RUN,
+    f"trainer.max_steps={STEPS}",
+    "optimizer.lr=3e-3",
+    f"callbacks.checkpoint.every_n_train_steps={SAVED}",
+    "logger=csv",
+)
 
 
 @dataclass(frozen=True)

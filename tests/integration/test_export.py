@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,17 +26,9 @@ FORMATS = {"eagle3": "vllm", "medusa": "medusa", "mlp": "mlp_speculator"}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, module_cli: Run) -> dict[str, Path]:
+def runs(trained_run: Callable[[str], Path]) -> dict[str, Path]:
     """One finished run of each draft, measured."""
-    folder = tmp_path_factory.mktemp("runs")
-    found = {}
-    for name in FORMATS:
-        vocab = ("vocab.size=null",) if name == "mlp" else ()
-        evaluation = (*BRIEF_EVALUATION, "evaluation.num_draft_tokens=[1,2]")
-        outcome = module_cli(folder, "train", f"draft={name}", *RUN, *vocab, *evaluation, f"run_root={name}")
-        assert outcome.code == 0, outcome.err
-        found[name] = only_run(folder / name)
-    return found
+    return {name: trained_run(name) for name in FORMATS}
 
 
 @pytest.fixture(scope="module")
