@@ -8,7 +8,7 @@ from lkspec.decoding.sampling import Sampling
 from lkspec.drafts.eagle3 import Eagle3
 from lkspec.vocab import DraftVocab
 
-NUM_NEW = 24
+NUM_NEW = 12
 NEAR_TIE = 1e-4  # two best logits closer than this may swap under another order of summation
 QUESTIONS = (
     "What is 17 times 23?",

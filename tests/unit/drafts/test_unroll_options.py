@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from helpers.draft_cases import CASES, Case, batch_for, make_draft
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -51,7 +52,9 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_by_torchs_own_compiler(tiny_target: TinyTarget) -> None:
+def test_compiled_by_torchs_own_compiler(tiny_target: TinyTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not vectorised: torch would compile a program for each instruction set first, to see which it may use.
+    monkeypatch.setattr(torch._inductor.config.cpp, "simdlen", 1)
     draft = make_draft(CASES["medusa"], tiny_target.spec, num_depths=2)
     expected = values_and_gradients(draft, tiny_target, ROWS)
     check_same(values_and_gradients(draft, tiny_target, ROWS, compile=True, checkpoint=True), expected)
