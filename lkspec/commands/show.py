@@ -14,7 +14,7 @@ from lkspec.data.generation import Prompt, read_prompts
 from lkspec.decoding.chain import ChainDecoder, Request
 from lkspec.decoding.sampling import Sampling
 from lkspec.files import write_text
-from lkspec.reporting.colouring import acceptance_line, as_html, as_terminal_text, pieces, terminal_legend
+from lkspec.reporting.colouring import acceptance_line, as_html, as_terminal_text, legend, pieces
 from lkspec.reporting.terminal import console
 
 
@@ -30,7 +30,7 @@ def main(config: DictConfig) -> None:
         batch_size=1,
         seed=config.seed,
     )
-    console.print(terminal_legend(config.num_draft_tokens))
+    console.print("written by", *(as_terminal_text([mark]) for mark in legend(config.num_draft_tokens)))
     entries = []
     for prompt in prompts:
         request = Request(prompt.id, 0, run.target.prompt_ids(prompt.messages), config.max_new_tokens)

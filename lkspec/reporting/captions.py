@@ -30,7 +30,8 @@ def caption(
     """The sentences under a table; ``apart`` are those about what sets rows apart from their baselines."""
     return (
         *(f"{_MEANING[value]}." for value in layout.values),
-        *([_numbers_of(shown), _intervals(layout, shown, table)]),
+        _numbers_of(shown),
+        _intervals(layout, shown, table),
         *_gains(table, layout),
         *apart,
         *_code(shown),

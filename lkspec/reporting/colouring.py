@@ -48,7 +48,7 @@ def colours(writer: int) -> tuple[str, str]:
 
 
 def writer_name(writer: int) -> str:
-    """How legends and tooltips call a writer."""
+    """How tooltips call a writer."""
     if writer == PREFILL:
         return "the target (prefill)"
     return "the target (bonus)" if writer == BONUS else f"the draft, accepted at depth {writer}"
@@ -56,22 +56,12 @@ def writer_name(writer: int) -> str:
 
 def as_terminal_text(parts: Sequence[Piece]) -> Text:
     """Coloured text for rich."""
-    text = Text()
-    for part in parts:
-        background, foreground = colours(part.writer)
-        text.append(part.text, style=f"{foreground} on {background}")
-    return text
+    return Text.assemble(*((part.text, "{1} on {0}".format(*colours(part.writer))) for part in parts))
 
 
-def terminal_legend(num_draft_tokens: int) -> Text:
-    """One line that explains the colours."""
-    text = Text("written by ")
-    for writer in (BONUS, *range(1, num_draft_tokens + 1)):
-        background, foreground = colours(writer)
-        name = "the target" if writer == BONUS else f"draft depth {writer}"
-        text.append(f" {name} ", style=f"{foreground} on {background}")
-        text.append(" ")
-    return text
+def legend(num_draft_tokens: int) -> list[Piece]:
+    """A piece for each colour, which says what it means."""
+    return [Piece(" the target ", BONUS), *(Piece(f" draft depth {k} ", k) for k in range(1, num_draft_tokens + 1))]
 
 
 def acceptance_line(completion: Completion) -> str:
@@ -87,13 +77,10 @@ def as_html(
     tokenizer: PreTrainedTokenizerBase, entries: Sequence[tuple[str, Completion]], *, title: str, num_draft_tokens: int
 ) -> str:
     """One self-contained page: each prompt with its coloured answer; a tooltip names each token's writer."""
-    legend = " ".join(
-        f"{_span(' the target ' if writer == BONUS else f' depth {writer} ', writer)}"
-        for writer in (BONUS, *range(1, num_draft_tokens + 1))
-    )
+    marks = " ".join(_span(mark) for mark in legend(num_draft_tokens))
     sections = "\n".join(
         f'<section><div class="prompt">{html.escape(prompt)}</div>'
-        f'<div class="answer">{"".join(_span(p.text, p.writer) for p in pieces(tokenizer, completion))}</div>'
+        f'<div class="answer">{"".join(map(_span, pieces(tokenizer, completion)))}</div>'
         f'<div class="count">{html.escape(acceptance_line(completion))}</div></section>'
         for prompt, completion in entries
     )
@@ -110,16 +97,16 @@ section {{ border-top: 1px solid #ccc; padding: 1rem 0; }}
 .count {{ color: #777; font-size: .85rem; margin-top: .5rem; }}
 </style></head><body>
 <h1>{html.escape(title)}</h1>
-<p class="legend">Who wrote each token: {legend}. Every token of the draft was verified by the target: the text is
+<p class="legend">Who wrote each token: {marks}. Every token of the draft was verified by the target: the text is
 distributed exactly as the target's own.</p>
 {sections}
 </body></html>
 """
 
 
-def _span(text: str, writer: int) -> str:
-    background, foreground = colours(writer)
+def _span(piece: Piece) -> str:
+    background, foreground = colours(piece.writer)
     return (
-        f'<span style="background:{background};color:{foreground}" title="{writer_name(writer)}">'
-        f"{html.escape(text)}</span>"
+        f'<span style="background:{background};color:{foreground}" title="{writer_name(piece.writer)}">'
+        f"{html.escape(piece.text)}</span>"
     )

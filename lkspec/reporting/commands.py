@@ -17,7 +17,7 @@ _MEASURED = {
     "sharpness": "sharpness",
 }
 _BY_ITSELF: tuple[tuple[str, list[str]], ...] = (("sharpness", ["1"]), ("benchmark", []))  # what need not be said
-_GROUPS = ("draft", "target", "loss", "objective")
+_GROUPS = ("draft", "target", "loss")
 
 
 class Commands:

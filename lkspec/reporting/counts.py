@@ -17,7 +17,6 @@ from typing import Any
 
 import pandas as pd
 
-from lkspec.reporting.labels import objective_label
 from lkspec.reporting.series import Series, Source
 from lkspec.runs.folder import RunFolder
 from lkspec.runs.rows import SETTING, ResultRow, content_hash
@@ -55,17 +54,6 @@ def read_series(runs: Sequence[RunFolder], measure: str) -> list[Series]:
     if measure not in MEASURES:
         raise ValueError(f"value: expected one of {', '.join(MEASURES)}, got {measure!r}")
     return [one for run in runs for one in MEASURES[measure](run)]
-
-
-def results_frame(runs: Sequence[RunFolder]) -> pd.DataFrame:
-    """Every row of the runs' results.csv, with ``objective`` (the loss and its arguments) and ``alpha_k`` columns."""
-    rows = []
-    for run in runs:
-        for row in run.read_results():
-            cells = {key: value for key, value in vars(row).items() if key != "alpha"}
-            cells["objective"] = objective_label(row.loss, json.loads(row.loss_args))
-            rows.append(cells | {f"alpha_{k}": share for k, share in enumerate(row.alpha, start=1)})
-    return pd.DataFrame(rows)
 
 
 def _decoded(count: Count, run: RunFolder) -> Iterator[Series]:

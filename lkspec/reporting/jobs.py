@@ -5,16 +5,23 @@ A job is an entry of the sweep's journal: ``overrides``, ``state``, and where th
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lkspec.reporting.of_sweep import sweep_table
+from lkspec.reporting.counts import read_series
+from lkspec.reporting.layout import Layout
+from lkspec.reporting.model import Table
 from lkspec.reporting.renderers.text import show
+from lkspec.reporting.tables import build_table
 from lkspec.reporting.terminal import say, table
+from lkspec.runs.folder import RunFolder
+from lkspec.runs.keys import Kind, kind
 
 Job = Mapping[str, Any]
+_BASELINE = "kl"
 
 
 def print_summary(jobs: Sequence[Job], *, interrupted: bool) -> None:
@@ -48,9 +55,59 @@ def print_measured(jobs: Sequence[Job]) -> None:
         say(f"no table of these jobs: {error}")
         return
     if found is not None:
-        show(found.table)
+        show(found[0])
         say("the same in other ways (format=png out=picture.png, say):")
-        say(found.command)
+        say(found[1])
+
+
+def sweep_table(folders: Sequence[Path], overrides: Sequence[Sequence[str]]) -> tuple[Table, str] | None:
+    """The table of finished jobs and the command that lays it out; None where fewer than two measured anything.
+
+    It shows the walk along held-out answers where that was measured, else tau by decoding, by what jobs differ in.
+
+    Args:
+        folders: of their runs.
+        overrides: what each job was started with.
+
+    Raises:
+        ValueError: as ``build_table``.
+    """
+    runs = [run for run in map(RunFolder.open, dict.fromkeys(folders)) if run.is_finished]
+    value = next((measure for measure in ("walk", "tau") if len(_measured(runs, measure)) > 1), None)
+    if value is None:
+        return None
+    rows = _rows(overrides)
+    columns = ["temperature"] if value == "walk" else ["temperature", "benchmark"]
+    objectives = {one.get("objective") for one in read_series(runs, value)}
+    baseline = _BASELINE if rows[-1] == "objective" and _BASELINE in objectives and len(objectives) > 1 else None
+    found = build_table(runs, Layout(rows=rows, columns=columns, value=value, baseline=baseline))
+    options = [f"rows=[{','.join(rows)}]", f"value={value}", f"columns=[{','.join(columns)}]"]
+    told = [*options, *([] if baseline is None else [f"baseline={baseline}"])]
+    return found, shlex.join(["lkspec", "report", f"runs={_pattern(folders)}", *told])
+
+
+def _measured(runs: Sequence[RunFolder], measure: str) -> set[str]:
+    return {one.run.name for one in read_series(runs, measure)}
+
+
+def _rows(overrides: Sequence[Sequence[str]]) -> list[str]:
+    """Keys that jobs differ in, the objective last, which a baseline is one of; draft and objective where none do."""
+    settings = [dict(text.lstrip("+~").partition("=")[::2] for text in job) for job in overrides]
+    keys = dict.fromkeys(key for job in settings for key in job)
+    differing = [key for key in keys if len({job.get(key) for job in settings}) > 1]
+    wanted = [key for key in differing if key != "seed" and kind(key) != Kind.OUTPUT]  # means are over seeds
+    others = [key for key in wanted if key.split(".")[0] != "loss"]
+    objective = ["objective"] if len(others) < len(wanted) else []
+    return [*others, *objective] or ["draft", "objective"]
+
+
+def _pattern(folders: Sequence[Path]) -> str:
+    """What ``runs=`` finds these by: their common folder where it holds no other run."""
+    parents = {folder.parent for folder in folders}
+    root = parents.pop()
+    if not parents and {path.parent for path in root.glob("*/config.yaml")} == set(folders):
+        return str(root / "*")
+    return f"[{','.join(map(str, dict.fromkeys(folders)))}]"
 
 
 def print_list(jobs: Sequence[Job]) -> None:

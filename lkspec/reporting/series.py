@@ -43,8 +43,9 @@ class Series:
         return self.offset + float(self.numerator.sum()) / total if total > 0 else math.nan
 
     def get(self, key: str) -> Any:
-        """A setting, or else a key of the configuration; None where the run has no such key."""
-        return self.settings[key] if key in self.settings else self.config.get(key)
+        """A setting, or else a key of the configuration or of the protocol; None where there is no such key."""
+        places = (self.settings, self.config, self.settings["protocol"])
+        return next((place[key] for place in places if key in place), None)
 
 
 class Source:

@@ -11,10 +11,9 @@ from lkspec.reporting.captions import caption
 from lkspec.reporting.cells import aligned, check_cell, common_seeds, protocols_differ, recipes_differ
 from lkspec.reporting.commands import Commands
 from lkspec.reporting.counts import read_series
-from lkspec.reporting.grid import Labels, table_columns, table_rows
 from lkspec.reporting.intervals import Estimate, estimate, paired_gain
 from lkspec.reporting.labels import label
-from lkspec.reporting.layout import Layout, chosen
+from lkspec.reporting.layout import Labels, Layout, chosen, table_columns, table_rows
 from lkspec.reporting.model import OURS, PAPER, Cell, Table, TableRow
 from lkspec.reporting.paper import PaperTable
 from lkspec.reporting.series import Series

@@ -31,8 +31,7 @@ def token_frame(run: RunFolder) -> pd.DataFrame:
     table = run.read_token_table()
     if table is None:
         raise ValueError(
-            f"{run.name} has no tokens.parquet: `lkspec walk run={run.path}` measures it, along "
-            "answers written at T = 1"
+            f"{run.name} has no tokens.parquet: `lkspec walk run={run.path}` writes it, of answers sampled at T = 1"
         )
     found = table.to_pandas()
     found["kind"] = [token_kind(text) for text in found["text"]]

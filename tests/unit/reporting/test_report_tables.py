@@ -8,7 +8,7 @@ import pytest
 from helpers.report_runs import decoded, make_run, make_study, measure, walk_held_out
 
 from lkspec.measure.metrics import paired_difference_interval
-from lkspec.reporting.counts import find_runs, read_series, results_frame
+from lkspec.reporting.counts import find_runs, read_series
 from lkspec.reporting.labels import objective_label, published_overrides
 from lkspec.reporting.layout import Layout
 from lkspec.reporting.model import Cell, Table
@@ -73,13 +73,6 @@ def test_the_row_after_the_most_training_counts(tmp_path):
     (series,) = read_series([run], "tau")
     assert series.value == pytest.approx(after.tau)
     assert series.groups
-
-
-def test_a_frame_of_all_results(study):
-    results = results_frame(study)
-    assert len(results) == 12 * 4
-    assert set(results["objective"]) == {"kl", "lk_lambda_eta_3"}
-    assert (1 + results[["alpha_1", "alpha_2", "alpha_3"]].sum(axis=1) - results["tau"]).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(("pattern", "told"), [("nothing/*", "found 0 paths"), ("*.txt", "found 1 paths")])

@@ -1,4 +1,4 @@
-"""The table that a sweep ends in."""
+"""The table that a sweep ends in, and how a terminal shows it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 from helpers.report_runs import make_run, make_study, walk_held_out
 
 from lkspec.reporting.counts import find_runs
+from lkspec.reporting.jobs import _rows, sweep_table
 from lkspec.reporting.layout import Layout
-from lkspec.reporting.of_sweep import _rows, sweep_table
 from lkspec.reporting.renderers.text import show
 from lkspec.reporting.tables import build_table
 
@@ -35,15 +35,16 @@ def test_it_is_the_table_that_its_command_makes(tmp_path, monkeypatch):
     names = [run.config["names"] for run in runs]
     found = sweep_table([run.path for run in runs], [[f"draft={n['draft']}", f"loss={n['loss']}"] for n in names])
     assert found is not None
-    verb, *options = shlex.split(found.command)[1:]
+    table, command = found
+    verb, *options = shlex.split(command)[1:]
     assert verb == "report"
     given = dict(option.split("=", 1) for option in options)
     assert given.pop("runs") == str(root / "*")
     named = {key: value[1:-1].split(",") if value[0] == "[" else value for key, value in given.items()}
-    assert found.table == build_table(find_runs(str(root / "*")), Layout(**named))
+    assert table == build_table(find_runs(str(root / "*")), Layout(**named))
     some = sweep_table([runs[0].path, runs[1].path], [["seed=0"], ["seed=1"]])
     assert some is not None
-    assert f"runs=[{runs[0].path},{runs[1].path}]" in some.command
+    assert f"runs=[{runs[0].path},{runs[1].path}]" in some[1]
 
 
 def test_the_walk_comes_before_decoding_and_nothing_makes_no_table(tmp_path):
@@ -57,7 +58,7 @@ def test_the_walk_comes_before_decoding_and_nothing_makes_no_table(tmp_path):
         run.write_metrics({"loss": 1.0})
     found = sweep_table(folders, overrides)
     assert found is not None
-    assert "value=walk" in found.command
+    assert "value=walk" in found[1]
     assert sweep_table(folders[:1], overrides[:1]) is None
 
 
