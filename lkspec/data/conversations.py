@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lkspec.data.sources import rows_of
@@ -173,15 +173,14 @@ def _content(value: Any, where: str) -> str:
 
 def _with_row_finish_reason(messages: tuple[Message, ...], finish_reason: Any) -> tuple[Message, ...]:
     """Puts the row's own finish reason on its last message and checks all of them."""
-    last = messages[-1]
-    if finish_reason is not None:
-        last = Message(last.role, last.content, finish_reason)
-    for message in (*messages[:-1], last):
+    *earlier, last = messages
+    last = last if finish_reason is None else replace(last, finish_reason=finish_reason)
+    for message in (*earlier, last):
         if message.finish_reason not in _FINISH_REASONS:
             raise ValueError(f"unknown finish_reason {message.finish_reason!r}, expected 'stop', 'length' or none")
-    if any(message.finish_reason == "length" for message in messages[:-1]):
+    if any(message.finish_reason == "length" for message in earlier):
         raise ValueError("finish_reason 'length' is only possible for the last message: a cut answer ends the text")
-    return (*messages[:-1], last)
+    return (*earlier, last)
 
 
 def _check_order(messages: tuple[Message, ...]) -> None:

@@ -7,7 +7,7 @@ import json
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -138,14 +138,13 @@ class StepSampler(Sampler[Step]):
         *,
         max_tokens: int,
         seed: int,
-        pack: bool = False,
-        max_length: int | None = None,
+        packed_length: int | None = None,
         num_replicas: int = 1,
         rank: int = 0,
         accumulate: int = 1,
     ) -> None:
         self._lengths = lengths
-        self._plan_options: dict[str, Any] = {"max_tokens": max_tokens, "pack": pack, "max_length": max_length}
+        self._max_tokens, self._packed_length = max_tokens, packed_length
         self.seed = seed
         self.epoch = 0
         self.step = 0
@@ -161,7 +160,13 @@ class StepSampler(Sampler[Step]):
             )
 
     def _plan(self, epoch: int) -> list[MicroBatch]:
-        return plan_batches(self._lengths, seed=self.seed, epoch=epoch, **self._plan_options)
+        return plan_batches(
+            self._lengths,
+            max_tokens=self._max_tokens,
+            seed=self.seed,
+            epoch=epoch,
+            packed_length=self._packed_length,
+        )
 
     def __len__(self) -> int:
         """Steps of a whole epoch, wherever in it the sampler stands."""

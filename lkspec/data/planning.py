@@ -20,31 +20,20 @@ _LENGTH_BITS = 5  # lengths are grouped by their leading bits, that is to within
 
 
 def plan_batches(
-    lengths: Sequence[int], *, max_tokens: int, seed: int, epoch: int, pack: bool = False, max_length: int | None = None
+    lengths: Sequence[int], *, max_tokens: int, seed: int, epoch: int, packed_length: int | None = None
 ) -> list[MicroBatch]:
     """The micro-batches of one epoch: every conversation once, rows * longest row <= max_tokens in each.
 
     Conversations of similar length meet in a batch, drawn anew each epoch, and the order of batches is drawn too.
-    ``pack`` puts several conversations into a row of at most ``max_length`` tokens; rows are then the same every
+    ``packed_length`` puts several conversations into a row of at most so many tokens; rows are then the same every
     epoch, but meet other rows. The number of batches is the same in every epoch, so that schedules can rely on it.
-
-    Raises:
-        ValueError: a conversation (or, packed, ``max_length``) longer than ``max_tokens``.
     """
-    longest = max(lengths, default=0)
-    if longest > max_tokens:
-        raise ValueError(
-            f"a conversation has {longest} tokens but a micro-batch only {max_tokens}: set data.max_tokens to at least "
-            f"{longest}, or data.max_length to at most {max_tokens}"
-        )
+    assert max([packed_length or 0, *lengths]) <= max_tokens, "a row fits into a micro-batch"
     generator = np.random.default_rng((seed, epoch))
-    if pack:
-        row_length = longest if max_length is None else max_length
-        if row_length > max_tokens:
-            raise ValueError(f"packed rows of data.max_length={row_length} need data.max_tokens >= {row_length}")
-        rows = pack_rows(lengths, max_length=row_length)
+    if packed_length is not None:
+        rows = pack_rows(lengths, max_length=packed_length)
         shuffled = [rows[i] for i in generator.permutation(len(rows))]
-        per_batch = max_tokens // row_length
+        per_batch = max_tokens // packed_length
         return [shuffled[i : i + per_batch] for i in range(0, len(shuffled), per_batch)]
     batches = _group_by_length(lengths, max_tokens, generator.permutation(len(lengths)).tolist())
     return [batches[i] for i in generator.permutation(len(batches))]
@@ -53,15 +42,12 @@ def plan_batches(
 def pack_rows(lengths: Sequence[int], *, max_length: int) -> list[Row]:
     """Packs conversations into rows of at most ``max_length`` tokens: longest first, each into the fullest row it fits.
 
-    Raises:
-        ValueError: a conversation longer than ``max_length``.
+    None is longer than a row.
     """
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, row), ascending
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[index]
-        if length > max_length:
-            raise ValueError(f"a conversation has {length} tokens: packed rows hold data.max_length={max_length}")
         at = bisect_left(room, (length, -1))
         left, row = room.pop(at) if at < len(room) else (max_length, len(rows))
         if row == len(rows):

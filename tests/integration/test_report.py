@@ -11,7 +11,7 @@ import pytest
 from command_line import NO_EVALUATION, TINY_RUN
 from helpers.report_runs import make_study
 
-from lkspec.data.tiny import tiny_rows
+from lkspec.data.sources import tiny_rows
 from lkspec.reporting.counts import read_series
 from lkspec.reporting.tokens import token_frame
 from lkspec.runs.find import list_runs
