@@ -27,14 +27,14 @@ def say(text: str) -> None:
 def facts(texts: Mapping[str, str]) -> None:
     """Prints a line each: the name in bold, then its text."""
     for name, text in texts.items():
-        console.print(f"[bold]{name:<11}[/bold]{text}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble((f"{name:<11}", "bold"), text), soft_wrap=True)
 
 
 def table(
     title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, left: Collection[str] = ()
 ) -> None:
     """Prints a table; columns are aligned to the right but for those named in ``left``."""
-    shown = Table(title=title, title_justify="left")
+    shown = Table(title=None if title is None else Text(title, style="table.title"), title_justify="left")
     for name in columns:
         shown.add_column(name, justify="left" if name in left else "right", overflow="fold")
     for row in rows:
