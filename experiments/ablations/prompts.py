@@ -24,7 +24,7 @@ from lkspec.benchmarks.base import Benchmark
 from lkspec.benchmarks.gsm8k import GSM8K
 from lkspec.benchmarks.humaneval import HumanEval
 from lkspec.benchmarks.mt_bench import MTBench
-from lkspec.benchmarks.sources import Row, read_rows
+from lkspec.benchmarks.sources import FileRow, read_rows
 from lkspec.files import write_text
 
 NGRAM = 13  # words; the length that GPT-3's and later contamination checks use
@@ -104,7 +104,7 @@ def read_source(source: Source, folder: Path) -> list[Prompt]:
     return prompts
 
 
-def _rows(path: Path) -> list[Row]:
+def _rows(path: Path) -> list[FileRow]:
     if path.suffix != ".json":
         return read_rows(path)
     try:
@@ -113,7 +113,7 @@ def _rows(path: Path) -> list[Row]:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a list of JSON objects")
-    return [Row(row, f"{path}[{i}]") for i, row in enumerate(rows)]
+    return [FileRow(row, f"{path}[{i}]") for i, row in enumerate(rows)]
 
 
 class BenchmarkTexts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lkspec.benchmarks.base import BenchmarkPrompt
-from lkspec.benchmarks.sources import PublicBenchmark, Row
+from lkspec.benchmarks.sources import FileRow, PublicBenchmark
 
 
 class GSM8K(PublicBenchmark):
@@ -15,6 +15,6 @@ class GSM8K(PublicBenchmark):
     hub_path, hub_config, hub_split = "openai/gsm8k", "main", "test"
 
     @staticmethod
-    def prompt(row: Row, index: int) -> BenchmarkPrompt:
+    def prompt(row: FileRow, index: int) -> BenchmarkPrompt:
         name = f"gsm8k-{index}"  # the file names no ids; a question's place in it is the same in every copy
         return BenchmarkPrompt(name, (row.text("question"),), None, group=name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lkspec.benchmarks.base import BenchmarkPrompt
-from lkspec.benchmarks.sources import PublicBenchmark, Row
+from lkspec.benchmarks.sources import FileRow, PublicBenchmark
 
 
 class HumanEval(PublicBenchmark):
@@ -15,6 +15,6 @@ class HumanEval(PublicBenchmark):
     hub_path, hub_config, hub_split = "openai/openai_humaneval", None, "test"
 
     @staticmethod
-    def prompt(row: Row, index: int) -> BenchmarkPrompt:
+    def prompt(row: FileRow, index: int) -> BenchmarkPrompt:
         task = row.text("task_id")  # HumanEval/0
         return BenchmarkPrompt(task, (row.text("prompt"),), None, group=task)

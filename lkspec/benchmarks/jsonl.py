@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Unpack
 
 from lkspec.benchmarks.base import Asking, Benchmark, BenchmarkPrompt
-from lkspec.benchmarks.sources import Row, read_rows
+from lkspec.benchmarks.sources import FileRow, read_rows
 
 _FORMS = ("prompt", "turns", "messages")
 _ROLES = ("system", "user", "assistant")
@@ -33,7 +33,7 @@ class Jsonl(Benchmark):
         super().__init__(prompts, name=name or stem, **asking)
 
 
-def _prompt(row: Row, default_id: str) -> BenchmarkPrompt:
+def _prompt(row: FileRow, default_id: str) -> BenchmarkPrompt:
     forms = [form for form in _FORMS if form in row.values]
     if len(forms) != 1:
         raise ValueError(f"{row.where}: expected one of the fields {', '.join(_FORMS)}, got {sorted(row.values)}")
@@ -49,7 +49,7 @@ def _prompt(row: Row, default_id: str) -> BenchmarkPrompt:
     return BenchmarkPrompt(prompt_id, turns, row.values.get("category"), group, system_prompt)
 
 
-def _from_messages(row: Row) -> tuple[str | None, tuple[str, ...]]:
+def _from_messages(row: FileRow) -> tuple[str | None, tuple[str, ...]]:
     messages = row.values["messages"]
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f"{row.where}: 'messages' must be a list of objects with role and content")
@@ -60,7 +60,7 @@ def _from_messages(row: Row) -> tuple[str | None, tuple[str, ...]]:
             raise ValueError(
                 f"{row.where}: messages[{i}] has role {role!r}; expected user or assistant, and system only first"
             )
-        content = Row(message, f"{row.where}: messages[{i}]").text("content")
+        content = FileRow(message, f"{row.where}: messages[{i}]").text("content")
         if role == "system":
             system_prompt = content
         elif role == "user":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Unpack
 
 from lkspec.benchmarks.base import Asking, Benchmark, BenchmarkPrompt
-from lkspec.benchmarks.sources import Row, read_rows
+from lkspec.benchmarks.sources import FileRow, read_rows
 
 SUITES = ("chat", "code", "math")
 
@@ -29,6 +29,6 @@ class Mini(Benchmark):
         super().__init__([_prompt(row) for row in rows], name=name or f"mini_{suite}", **asking)
 
 
-def _prompt(row: Row) -> BenchmarkPrompt:
+def _prompt(row: FileRow) -> BenchmarkPrompt:
     turns = row.texts("turns") if "turns" in row.values else (row.text("prompt"),)
     return BenchmarkPrompt(row.text("id"), turns, row.values.get("category"), group=row.text("id"))

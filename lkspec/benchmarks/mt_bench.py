@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lkspec.benchmarks.base import BenchmarkPrompt
-from lkspec.benchmarks.sources import PublicBenchmark, Row
+from lkspec.benchmarks.sources import FileRow, PublicBenchmark
 
 
 class MTBench(PublicBenchmark):
@@ -15,7 +15,7 @@ class MTBench(PublicBenchmark):
     hub_path, hub_config, hub_split = "HuggingFaceH4/mt_bench_prompts", None, "train"
 
     @staticmethod
-    def prompt(row: Row, index: int) -> BenchmarkPrompt:
+    def prompt(row: FileRow, index: int) -> BenchmarkPrompt:
         hub = "prompt_id" in row.values  # the hub's copy has other field names
         name = f"mt_bench-{row.values['prompt_id'] if hub else row.values.get('question_id')}"
         return BenchmarkPrompt(name, row.texts("prompt" if hub else "turns"), row.text("category"), group=name)

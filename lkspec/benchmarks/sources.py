@@ -14,7 +14,7 @@ _DATA_VARIABLE = "LKSPEC_DATA"
 
 
 @dataclass(frozen=True)
-class Row:
+class FileRow:
     """One row of a file and where it stands, for messages."""
 
     values: dict[str, Any]
@@ -36,7 +36,7 @@ class Row:
         values = self.values.get(key)
         if not isinstance(values, list) or not values:
             raise ValueError(f"{self.where}: expected a list of texts in {key!r}, got {values!r:.60}")
-        return tuple(Row({key: value}, self.where).text(key) for value in values)
+        return tuple(FileRow({key: value}, self.where).text(key) for value in values)
 
 
 class PublicBenchmark(Benchmark):
@@ -73,7 +73,7 @@ class PublicBenchmark(Benchmark):
         super().__init__([self.prompt(row, i) for i, row in enumerate(rows)], name=name or self.folder, **asking)
 
     @staticmethod
-    def prompt(row: Row, index: int) -> BenchmarkPrompt:
+    def prompt(row: FileRow, index: int) -> BenchmarkPrompt:
         """A row of the file, or of the hub's copy, as a prompt."""
         raise NotImplementedError
 
@@ -92,7 +92,7 @@ class PublicBenchmark(Benchmark):
             f"benchmark.source=hub to read {self.hub_path} from the Hugging Face hub"
         )
 
-    def _hub_rows(self) -> list[Row]:
+    def _hub_rows(self) -> list[FileRow]:
         from datasets import load_dataset  # slow to import, and only this source needs it
 
         try:
@@ -102,16 +102,16 @@ class PublicBenchmark(Benchmark):
                 f"benchmark.source=hub: {self.hub_path} could not be read ({error}); check the connection, or download "
                 f"the file from {self.origin} and set benchmark.source=files benchmark.data_dir=<folder>"
             ) from error
-        return [Row(dict(values), f"{self.hub_path}[{i}]") for i, values in enumerate(rows)]
+        return [FileRow(dict(values), f"{self.hub_path}[{i}]") for i, values in enumerate(rows)]
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[FileRow]:
     """Rows of a JSONL file, gzipped or not.
 
     Raises:
         ValueError: a line that is not a JSON object, or no row at all.
     """
-    rows = [Row(values, f"{path}:{number}") for number, values in read_jsonl(path)]
+    rows = [FileRow(values, f"{path}:{number}") for number, values in read_jsonl(path)]
     if not rows:
         raise ValueError(f"{path}: the file has no rows")
     return rows

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lkspec.data.conversations import OnBadRow
-from lkspec.data.dataset import EncodedStore, EvaluationLoader, StepLoader, StepSampler
+from lkspec.data.dataset import BatchLoader, EncodedStore, StepLoader, StepSampler
 from lkspec.data.planning import plan_evaluation
 from lkspec.data.tokenised import EncodedData, read_tokenised
 from lkspec.types import Batch
@@ -152,7 +152,7 @@ class SpeculatorDataModule(LightningDataModule):
         known = set(self.validation_set.temperatures)
         return [*sorted(t for t in known if t is not None), *([None] if None in known else [])]
 
-    def val_dataloader(self) -> list[EvaluationLoader]:
+    def val_dataloader(self) -> list[BatchLoader]:
         """A loader per temperature: every conversation once over all ranks, in a fixed order, one batch per step."""
         store, loaders = self.validation_set, []
         for temperature in self.val_temperatures:
@@ -160,7 +160,7 @@ class SpeculatorDataModule(LightningDataModule):
             steps = plan_evaluation(
                 store.lengths, chosen, max_tokens=self.max_tokens, num_replicas=self._num_replicas, rank=self._rank
             )
-            loaders.append(EvaluationLoader(store, steps, num_workers=self.num_workers))
+            loaders.append(BatchLoader(store, steps, num_workers=self.num_workers))
         return loaders
 
     def transfer_batch_to_device(self, batch: list[Batch], device: torch.device, dataloader_idx: int) -> list[Batch]:

@@ -225,7 +225,7 @@ class _Steps(Dataset[list[Batch]]):
         return [collate([[self._store[index] for index in row] for row in batch]) for batch in step]
 
 
-class EvaluationLoader(DataLoader[list[Batch]]):
+class BatchLoader(DataLoader[list[Batch]]):
     """Yields the micro-batches of one step after another, made in ``num_workers`` worker processes (0: in this one)."""
 
     def __init__(self, store: EncodedStore, steps: Sampler[Step] | list[Step], *, num_workers: int = 0) -> None:
@@ -239,8 +239,8 @@ class EvaluationLoader(DataLoader[list[Batch]]):
         )
 
 
-class StepLoader(EvaluationLoader):
-    """Yields ``list[Batch]``, the micro-batches of one optimiser step on this rank.
+class StepLoader(BatchLoader):
+    """Yields the micro-batches of one optimiser step on this rank after another.
 
     Its state counts the steps that the consumer received, not those that workers prepared ahead. Lightning finds
     ``state_dict``, ``load_state_dict`` and ``sampler.set_epoch`` by themselves. The iterator starts lazily, because

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Row = tuple[int, ...]
-MicroBatch = list[Row]
+MicroBatch = list[tuple[int, ...]]
 Step = list[MicroBatch]
 
 _LENGTH_BITS = 5  # lengths are grouped by their leading bits, that is to within a sixteenth
@@ -39,7 +38,7 @@ def plan_batches(
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
-def pack_rows(lengths: Sequence[int], *, max_length: int) -> list[Row]:
+def pack_rows(lengths: Sequence[int], *, max_length: int) -> list[tuple[int, ...]]:
     """Packs conversations into rows of at most ``max_length`` tokens: longest first, each into the fullest row it fits.
 
     None is longer than a row.
