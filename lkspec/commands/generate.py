@@ -28,7 +28,7 @@ from lkspec.reporting.terminal import console, progress
 from lkspec.targets.base import Target
 
 # How fast the rows are made, not what they are.
-_NOT_IN_SETTINGS = ("out", "batch_size", "engine", "base_url", "concurrency")
+_NOT_IN_SETTINGS = ("out", "batch_size", "engine")
 _MAX_ATTEMPTS = 50  # at a prompt, on average: a target that never writes one must not be asked for ever
 
 

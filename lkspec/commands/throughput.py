@@ -19,8 +19,6 @@ def main(config: DictConfig) -> None:
     """Writes throughput rows into the run's folder."""
     plain = resolved(config)
     options = ThroughputOptions(**{key: plain[key] for key in _OPTIONS})
-    if config.get("engine") is None:
-        raise ValueError("throughput measures a serving engine: say engine=vllm, or engine=server base_url=...")
     benchmarks = build_benchmarks(config.benchmark)
     run = open_run(config)
     options.check(run.draft)

@@ -30,7 +30,7 @@ class Connection:
     def __init__(self, base_url: str | None, *, timeout: float, api_key_variable: str) -> None:
         if base_url is None or not base_url.startswith(("http://", "https://")):
             raise ValueError(
-                f"base_url: expected the server's address, such as http://localhost:8000, got {base_url!r}"
+                f"engine.base_url: expected the server's address, such as http://localhost:8000, got {base_url!r}"
             )
         self.root = base_url.rstrip("/").removesuffix("/v1")
         self._timeout = timeout
@@ -45,7 +45,9 @@ class Connection:
         try:
             return self._read(self._request(path))
         except OSError as error:
-            raise ValueError(f"base_url: {self.root}{path} cannot be read ({error}); is the server up?") from error
+            raise ValueError(
+                f"engine.base_url: {self.root}{path} cannot be read ({error}); is the server up?"
+            ) from error
 
     def post(self, path: str, body: dict[str, Any], what: str) -> Any:
         """The answer to a request, which errors call ``what``; tried again when the server is busy or away.

@@ -68,7 +68,7 @@ class Server:
         hardware: str | None = None,
     ) -> None:
         if concurrency < 1:
-            raise ValueError(f"concurrency: expected at least 1, got {concurrency}")
+            raise ValueError(f"engine.concurrency: expected at least 1, got {concurrency}")
         self.connection = Connection(base_url, timeout=timeout, api_key_variable=api_key_variable)
         self.model = model
         self.hardware = hardware
@@ -86,7 +86,9 @@ class Server:
         try:
             served = list(json.loads(self.connection.get("/v1/models"))["data"])
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"base_url: {root}/v1/models is not what an OpenAI-compatible server answers") from error
+            raise ValueError(
+                f"engine.base_url: {root}/v1/models is not what an OpenAI-compatible server answers"
+            ) from error
         ids = [entry["id"] for entry in served]
         wanted = {_last_part(name) for name in target_names}
         for entry in served:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol
@@ -14,10 +14,9 @@ import torch
 
 from lkspec.decoding.chain import Completion, Request
 from lkspec.decoding.sampling import Sampling
-from lkspec.engines.rounds import request_seed
+from lkspec.engines.base import OneByOne, Speed, request_seed
 from lkspec.engines.server import PLAIN_SAMPLING, Server
 from lkspec.engines.sglang_api import SglangApi
-from lkspec.engines.speed import Speed
 from lkspec.engines.vllm_api import VllmApi
 
 _THIS_MACHINE = {"localhost", "127.0.0.1", "::1"}
@@ -61,7 +60,7 @@ class ServerEngine:
         self.hardware = server.hardware or _hardware(self._connection.root)
         self.protocol = {"engine_version": f"{self._api.software} {self._api.version}"}
 
-    def decoder(self, sampling: Sampling, *, num_draft_tokens: int, seed: int) -> ServerDecoder:
+    def decoder(self, sampling: Sampling, *, num_draft_tokens: int, seed: int) -> OneByOne:
         """What answers requests at one setting.
 
         Raises:
@@ -79,8 +78,12 @@ class ServerEngine:
                 f"{where} drafts {own} tokens a round, but num_draft_tokens asks for {num_draft_tokens}: say "
                 f"num_draft_tokens=[{own}], or start the server with {num_draft_tokens}"
             )
-        _check_filter(sampling)
-        return ServerDecoder(self._api, _words(sampling), self._eos_ids, seed)
+        if sampling.draft_filter == "same":
+            raise ValueError("engine=server: servers filter the target's distribution only: set draft_filter=none")
+        words, eos_ids = _words(sampling), self._eos_ids
+        return OneByOne(
+            lambda request: self._api.answer(request, words, eos_ids=eos_ids, seed=request_seed(seed, request))
+        )
 
     def throughput_depths(self, wanted: Sequence[int]) -> list[int]:
         """The one K that the server runs (0: it does not draft), whatever is wanted."""
@@ -127,19 +130,6 @@ class ServerEngine:
         return num_tokens, arrivals[-1] - arrivals[0]
 
 
-class ServerDecoder:
-    """Answers requests one after another; rounds are counted, not located."""
-
-    def __init__(self, api: Api, sampling: dict[str, Any], eos_ids: Sequence[int], seed: int) -> None:
-        self._api, self._sampling, self._eos_ids, self._seed = api, sampling, eos_ids, seed
-
-    def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Completions in the order of the requests."""
-        for request in requests:
-            seed = request_seed(self._seed, request)
-            yield self._api.answer(request, self._sampling, eos_ids=self._eos_ids, seed=seed)
-
-
 def _api(server: Server, model: str) -> Api:
     if server.software == "vllm":
         return VllmApi(server.connection, model)
@@ -158,11 +148,6 @@ def _words(sampling: Sampling) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "top_k": sampling.top_k or -1,
     }
-
-
-def _check_filter(sampling: Sampling) -> None:
-    if sampling.draft_filter == "same":
-        raise ValueError("engine=server: servers filter the target's distribution only: set draft_filter=none")
 
 
 def _hardware(root: str) -> str:

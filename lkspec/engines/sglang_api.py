@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lkspec.decoding.chain import Completion, Request
+from lkspec.engines.base import rounds_of_histogram
 from lkspec.engines.connection import Connection
-from lkspec.engines.rounds import rounds_of_histogram
 
 # Newest name first.
 _HISTOGRAM = ("spec_correct_drafts_histogram", "spec_accept_histogram")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lkspec.decoding.chain import Completion, Request
+from lkspec.engines.base import counted_rounds
 from lkspec.engines.connection import Connection
-from lkspec.engines.metrics_page import counter, counter_by
-from lkspec.engines.rounds import counted_rounds
 
 _SPEC = "vllm:spec_decode_num_"
+_SAMPLE = re.compile(r"(?P<name>[a-zA-Z_:][\w:]*)(?:\{(?P<labels>.*)\})?\s+(?P<value>\S+)(?:\s+-?\d+)?", re.DOTALL)
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _PATIENCE = 50  # looks at the metrics page, which may lag behind an answer,
 _PAUSE = 0.1  # so many seconds apart
 
@@ -99,16 +102,32 @@ class VllmApi:
 
     def _counts(self) -> _Counts:
         page = self._connection.get("/metrics")
-        generated = counter(page, "vllm:generation_tokens")
-        if generated is None:
+        generated, rounds, drafted = (
+            counters(page, name) for name in ("vllm:generation_tokens", f"{_SPEC}drafts", f"{_SPEC}draft_tokens")
+        )
+        if not generated:
             raise ValueError(
                 f"{self._connection.root}/metrics has no vllm:generation_tokens_total: expected a vLLM server that "
                 "was not started with --disable-log-stats"
             )
-        accepted = counter_by(page, f"{_SPEC}accepted_tokens_per_pos", label="position")
+        accepted = counters(page, f"{_SPEC}accepted_tokens_per_pos", label="position")
         return _Counts(
-            generated=int(generated),
-            rounds=int(counter(page, f"{_SPEC}drafts") or 0),
-            drafted=int(counter(page, f"{_SPEC}draft_tokens") or 0),
+            generated=int(sum(generated.values())),
+            rounds=int(sum(rounds.values())),
+            drafted=int(sum(drafted.values())),
             accepted_per_position=tuple(int(accepted[str(position)]) for position in range(len(accepted))),
         )
+
+
+def counters(page: str, name: str, *, label: str | None = None) -> Mapping[str, float]:
+    """A counter of a page in Prometheus's text format, summed over all labels but one; empty without the counter.
+
+    Clients write the name with ``_total`` behind it or without.
+    """
+    sums: defaultdict[str, float] = defaultdict(float)
+    for line in page.split("\n"):  # not splitlines: labels may hold other line breaks
+        match = _SAMPLE.fullmatch(line.strip())
+        if match is not None and match["name"] in (name, f"{name}_total"):
+            labels = dict(_LABEL.findall(match["labels"] or ""))
+            sums[labels[label] if label is not None else ""] += float(match["value"])
+    return sums

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lkspec.decoding.chain import Completion, Request
 from lkspec.decoding.sampling import Sampling
-from lkspec.engines.rounds import counted_rounds, request_seed
-from lkspec.engines.speed import Speed
+from lkspec.engines.base import OneByOne, Speed, counted_rounds, request_seed
 from lkspec.reporting.terminal import errors
 
 _WORKER = Path(__file__).parent / "vllm_worker.py"
@@ -76,7 +75,7 @@ class VllmEngine:
         if max_positions is not None:
             self._llm["max_model_len"] = min(self._llm["max_model_len"], max_positions)
 
-    def decoder(self, sampling: Sampling, *, num_draft_tokens: int, seed: int) -> VllmDecoder:
+    def decoder(self, sampling: Sampling, *, num_draft_tokens: int, seed: int) -> OneByOne:
         """What answers requests at one setting, started already; 0 draft tokens serve the target alone.
 
         Raises:
@@ -84,8 +83,19 @@ class VllmEngine:
         """
         if sampling.draft_filter == "same":
             raise ValueError("engine=vllm filters the target's distribution only: set draft_filter=none")
-        self._start_if_needed(num_draft_tokens, keep=(0,) if num_draft_tokens else tuple(self._processes))
-        return VllmDecoder(self, sampling, num_draft_tokens, seed)
+        process = self._process(num_draft_tokens, keep=(0,) if num_draft_tokens else tuple(self._processes))
+
+        def answer(request: Request) -> Completion:
+            [row] = self._exchange(process, self._job("answer", [request], sampling, seed))
+            return Completion(
+                request=request,
+                tokens=tuple(row["tokens"]),
+                writers=(),
+                finish_reason=row["finish_reason"],
+                rounds=counted_rounds(row["num_rounds"], row["accepted_per_position"]),
+            )
+
+        return OneByOne(answer)
 
     def throughput_depths(self, wanted: Sequence[int]) -> list[int]:
         """The K to measure the speed at: those that are wanted."""
@@ -95,7 +105,19 @@ class VllmEngine:
         self, requests: Sequence[Request], sampling: Sampling, *, num_draft_tokens: int, concurrency: int, seed: int
     ) -> Speed:
         """Answers requests, so many at a time, in a process that has the machine to itself."""
-        self._start_if_needed(num_draft_tokens, keep=())
+        job = self._job("speed", requests, sampling, seed)
+        found = self._exchange(self._process(num_draft_tokens, keep=()), {**job, "concurrency": concurrency})
+        return Speed(found["num_tokens"], found["seconds"], tuple(found["seconds_per_token"]))
+
+    def _job(self, kind: str, requests: Sequence[Request], sampling: Sampling, seed: int) -> dict[str, Any]:
+        """Requests and sampling in vLLM's words."""
+        words = {
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "stop_token_ids": self._eos_ids,
+            "detokenize": False,
+        }
         prompts = [
             {
                 "tokens": list(request.tokens),
@@ -104,33 +126,15 @@ class VllmEngine:
             }
             for request in requests
         ]
-        job = {"kind": "speed", "prompts": prompts, "sampling": self.params(sampling), "concurrency": concurrency}
-        found = self.ask(num_draft_tokens, job)
-        return Speed(found["num_tokens"], found["seconds"], tuple(found["seconds_per_token"]))
+        return {"kind": kind, "prompts": prompts, "sampling": words}
 
-    def _start_if_needed(self, num_draft_tokens: int, *, keep: Sequence[int]) -> None:
+    def _process(self, num_draft_tokens: int, *, keep: Sequence[int]) -> subprocess.Popen[str]:
+        """The process of a K, started where it is not running; of the others those to keep go on."""
         for other in [k for k in self._processes if k != num_draft_tokens and k not in keep]:
             _end(self._processes.pop(other))
         if num_draft_tokens not in self._processes:
             self._start(num_draft_tokens)
-
-    def ask(self, num_draft_tokens: int, job: dict[str, Any]) -> Any:
-        """One job's answer from the process of a K.
-
-        Raises:
-            ValueError: vLLM ended.
-        """
-        return self._exchange(self._processes[num_draft_tokens], job)
-
-    def params(self, sampling: Sampling) -> dict[str, Any]:
-        """Sampling in vLLM's words."""
-        return {
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "stop_token_ids": self._eos_ids,
-            "detokenize": False,
-        }
+        return self._processes[num_draft_tokens]
 
     def _start(self, num_draft_tokens: int) -> None:
         assert self._target is not None, "call serve first"
@@ -189,29 +193,3 @@ def _end(process: subprocess.Popen[str]) -> None:
     if process.stdin is not None:
         process.stdin.close()
     process.wait()
-
-
-class VllmDecoder:
-    """Answers requests one after another; rounds are counted, not located."""
-
-    def __init__(self, engine: VllmEngine, sampling: Sampling, num_draft_tokens: int, seed: int) -> None:
-        self._engine, self._sampling = engine, sampling
-        self._num_draft_tokens, self._seed = num_draft_tokens, seed
-
-    def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Completions in the order of the requests."""
-        for request in requests:
-            prompt = {
-                "tokens": list(request.tokens),
-                "max_tokens": request.max_new_tokens,
-                "seed": request_seed(self._seed, request),
-            }
-            job = {"kind": "answer", "prompts": [prompt], "sampling": self._engine.params(self._sampling)}
-            [row] = self._engine.ask(self._num_draft_tokens, job)
-            yield Completion(
-                request=request,
-                tokens=tuple(row["tokens"]),
-                writers=(),
-                finish_reason=row["finish_reason"],
-                rounds=counted_rounds(row["num_rounds"], row["accepted_per_position"]),
-            )

@@ -52,7 +52,7 @@ class EvaluationOptions:
             ValueError: values out of range.
         """
         if self.batch_size < 1:
-            raise ValueError(f"evaluation.batch_size: expected at least 1, got {self.batch_size}")
+            raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}")
         lists = (listed(self.temperatures), listed(self.num_draft_tokens), listed(self.sharpness))
         settings = [
             Setting(

@@ -6,14 +6,15 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from lkspec.benchmarks.base import Benchmark
 from lkspec.decoding.chain import Request
 from lkspec.decoding.sampling import Sampling
 from lkspec.drafts.base import Draft
-from lkspec.engines.speed import Speed
+from lkspec.engines.base import Speed
+from lkspec.measure.evaluation import listed
 from lkspec.runs.facts import RunFacts
 from lkspec.runs.rows import ThroughputRow
 from lkspec.targets.base import Target
@@ -62,28 +63,25 @@ class ThroughputOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, values, least in (
-            ("concurrency", self.concurrencies, 1),
-            ("num_draft_tokens", self.depths, 0),
-        ):
+        for name, values, least in (("concurrency", self.concurrencies, 1), ("num_draft_tokens", self.depths, 0)):
             if not values or min(values) < least:
-                raise ValueError(f"throughput.{name}: expected a list of numbers from {least} on, got {values}")
+                raise ValueError(f"{name}: expected a list of numbers from {least} on, got {values}")
         if self.num_requests < max(self.concurrencies):
             raise ValueError(
-                f"throughput.num_requests: expected at least the largest concurrency, {max(self.concurrencies)}, got "
+                f"num_requests: expected at least the largest concurrency, {max(self.concurrencies)}, got "
                 f"{self.num_requests}"
             )
         if self.max_new_tokens < 2:
-            raise ValueError(f"throughput.max_new_tokens: expected at least 2, got {self.max_new_tokens}")
+            raise ValueError(f"max_new_tokens: expected at least 2, got {self.max_new_tokens}")
         assert self.sampling is not None  # refuses a temperature out of range
 
     @property
     def concurrencies(self) -> list[int]:
-        return [self.concurrency] if isinstance(self.concurrency, int) else list(self.concurrency)
+        return listed(self.concurrency)
 
     @property
     def depths(self) -> list[int]:
-        return [self.num_draft_tokens] if isinstance(self.num_draft_tokens, int) else list(self.num_draft_tokens)
+        return listed(self.num_draft_tokens)
 
     @property
     def sampling(self) -> Sampling:
@@ -115,15 +113,39 @@ def measure_throughput(
     ``show`` tells a user, while it lasts, what is measured.
     """
     requests = _requests(target, benchmarks, options)
-    warm_up = [Request(r.prompt_id, r.turn, r.tokens, min(_WARM_UP_TOKENS, r.max_new_tokens)) for r in requests]
+    warm_up = [replace(request, max_new_tokens=min(_WARM_UP_TOKENS, options.max_new_tokens)) for request in requests]
     rows = []
-    for depths in engine.throughput_depths(options.depths):
-        for concurrency in options.concurrencies:
-            with show(f"K={depths}, {concurrency} requests at a time"):
-                how: dict[str, Any] = {"num_draft_tokens": depths, "concurrency": concurrency, "seed": options.seed}
-                engine.speed(warm_up[:concurrency], options.sampling, **how)
-                speed = engine.speed(requests, options.sampling, **how)
-            rows.append(_row(engine, benchmarks, options, facts, depths, concurrency, speed, step))
+    for depths, concurrency in itertools.product(engine.throughput_depths(options.depths), options.concurrencies):
+        with show(f"K={depths}, {concurrency} requests at a time"):
+            how: dict[str, Any] = {"num_draft_tokens": depths, "concurrency": concurrency, "seed": options.seed}
+            engine.speed(warm_up[:concurrency], options.sampling, **how)
+            speed = engine.speed(requests, options.sampling, **how)
+        protocol = {
+            **engine.protocol,
+            "benchmarks": [benchmark.protocol(None) for benchmark in benchmarks],
+            "max_new_tokens": options.max_new_tokens,
+            "seed": options.seed,
+        }
+        rows.append(
+            ThroughputRow(
+                run=facts.folder.name,
+                draft=facts.draft,
+                loss=facts.loss,
+                target=facts.target,
+                steps=step,
+                engine=engine.name,
+                hardware=engine.hardware,
+                temperature=float(options.temperature),
+                num_draft_tokens=depths,
+                concurrency=concurrency,
+                num_requests=options.num_requests,
+                num_tokens=speed.num_tokens,
+                tokens_per_second=speed.tokens_per_second,
+                median_ms_per_token=1000 * speed.quantile(50),
+                p95_ms_per_token=1000 * speed.quantile(95),
+                protocol=json.dumps(protocol, sort_keys=True),
+            )
+        )
     return rows
 
 
@@ -139,39 +161,3 @@ def _requests(target: Target, benchmarks: Sequence[Benchmark], options: Throughp
         messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
         requests.append(Request(f"{name}#{number}", 0, target.prompt_ids(messages), options.max_new_tokens))
     return requests
-
-
-def _row(
-    engine: TimedEngine,
-    benchmarks: Sequence[Benchmark],
-    options: ThroughputOptions,
-    facts: RunFacts,
-    depths: int,
-    concurrency: int,
-    speed: Speed,
-    step: int,
-) -> ThroughputRow:
-    protocol = {
-        **engine.protocol,
-        "benchmarks": [benchmark.protocol(None) for benchmark in benchmarks],
-        "max_new_tokens": options.max_new_tokens,
-        "seed": options.seed,
-    }
-    return ThroughputRow(
-        run=facts.folder.name,
-        draft=facts.draft,
-        loss=facts.loss,
-        target=facts.target,
-        steps=step,
-        engine=engine.name,
-        hardware=engine.hardware,
-        temperature=float(options.temperature),
-        num_draft_tokens=depths,
-        concurrency=concurrency,
-        num_requests=options.num_requests,
-        num_tokens=speed.num_tokens,
-        tokens_per_second=speed.tokens_per_second,
-        median_ms_per_token=1000 * speed.quantile(50),
-        p95_ms_per_token=1000 * speed.quantile(95),
-        protocol=json.dumps(protocol, sort_keys=True),
-    )

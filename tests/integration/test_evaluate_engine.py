@@ -121,33 +121,33 @@ class TestServer:
 
     def test_rows_stand_beside_ours(self, run, tiny_target):
         with running(self.stub(tiny_target)) as stub:
-            outcome = run("evaluate", *MEASURED, "engine=server", f"base_url={stub.url}")
+            outcome = run("evaluate", *MEASURED, "engine=server", f"engine.base_url={stub.url}")
             assert outcome.code == 0, outcome.err
             assert [tuple(body["prompt"]) for body in stub.requests] == [r.tokens for r in brief_requests(tiny_target)]
             rounds, accepted = sum(stub.histogram), sum(a * count for a, count in enumerate(stub.histogram))
             row = results()["server"]
             assert row.tau == 1 + accepted / rounds
             assert json.loads(row.protocol)["engine_version"] == "vLLM 0.99"
-            outcome = run("evaluate", *MEASURED, "num_draft_tokens=[3]", "engine=server", f"base_url={stub.url}")
+            outcome = run("evaluate", *MEASURED, "num_draft_tokens=[3]", "engine=server", f"engine.base_url={stub.url}")
             assert "drafts 2 tokens a round, but num_draft_tokens asks for 3" in outcome.error_line
 
     def test_tables_of_several_servers_are_one(self, run, tiny_target):
         command = ("throughput", "run=latest", "engine=server", *THROUGHPUT)
         with running(self.stub(tiny_target, num_draft_tokens=0)) as stub:
-            outcome = run(*command, f"base_url={stub.url}", "engine.hardware=H100")
+            outcome = run(*command, f"engine.base_url={stub.url}", "engine.hardware=H100")
             assert outcome.code == 0, outcome.err
             assert "concurrency 2: nothing to compare with, as nothing was measured with a draft yet" in outcome.out
         for depths in (2, 5):
             with running(self.stub(tiny_target, num_draft_tokens=depths)) as stub:
-                outcome = run(*command, f"base_url={stub.url}", "engine.hardware=H100")
+                outcome = run(*command, f"engine.base_url={stub.url}", "engine.hardware=H100")
         assert re.search(r"(best K|drafting loses) at concurrency 2", outcome.out)
         assert [row.num_draft_tokens for row in only_run().read_throughput()] == [0, 2, 5]
         assert len(re.findall(r"^│ +2 │", outcome.out, flags=re.MULTILINE)) == 3
         assert "measured on a CPU" not in outcome.out
 
-    def test_throughput_needs_an_engine(self, run):
-        outcome = run("throughput", "run=latest")
-        assert "say engine=vllm, or engine=server base_url=..." in outcome.error_line
+    def test_a_server_needs_an_address(self, run):
+        outcome = run("throughput", "run=latest", "engine=server")
+        assert "engine.base_url: expected the server's address" in outcome.error_line
 
 
 def test_a_draft_that_vllm_does_not_serve(lkspec_cli, tmp_path):

@@ -106,9 +106,9 @@ def test_no_server():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"base_url": None}, "base_url: expected the server's address, such as http://localhost:8000, got None"),
-        ({"base_url": "localhost:8000"}, "base_url: expected the server's address"),
-        ({"base_url": "http://localhost", "concurrency": 0}, "concurrency: expected at least 1, got 0"),
+        ({"base_url": None}, "engine.base_url: expected the server's address, such as http://localhost:8000, got None"),
+        ({"base_url": "localhost:8000"}, "engine.base_url: expected the server's address"),
+        ({"base_url": "http://localhost", "concurrency": 0}, "engine.concurrency: expected at least 1, got 0"),
     ],
 )
 def test_settings_that_are_refused(options, message):
@@ -132,7 +132,9 @@ class TestGenerate:
 
     def test_writes_what_training_reads(self, lkspec_cli):
         with chat_stub("tiny") as stub:
-            outcome = lkspec_cli(*self.COMMAND, f"base_url={stub.url}", "engine.concurrency=3", "temperature=0.5")
+            outcome = lkspec_cli(
+                *self.COMMAND, f"engine.base_url={stub.url}", "engine.concurrency=3", "temperature=0.5"
+            )
         assert outcome.code == 0, outcome.err
         rows = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
         assert [row["messages"][1]["content"] for row in rows] == [f"{i} me tell" for i in range(6)]
@@ -142,7 +144,7 @@ class TestGenerate:
     def test_resumes(self, lkspec_cli):
         with chat_stub("tiny") as stub:
             stub.failures = [400]
-            command = (*self.COMMAND, f"base_url={stub.url}", "engine.concurrency=1")
+            command = (*self.COMMAND, f"engine.base_url={stub.url}", "engine.concurrency=1")
             assert lkspec_cli(*command).code == 2
             stub.failures = []
             whole = lkspec_cli(*command)
@@ -151,7 +153,7 @@ class TestGenerate:
 
     def test_another_model_is_refused(self, lkspec_cli):
         with chat_stub("gpt-5") as stub:
-            outcome = lkspec_cli(*self.COMMAND, f"base_url={stub.url}")
+            outcome = lkspec_cli(*self.COMMAND, f"engine.base_url={stub.url}")
         assert outcome.code == 2
         assert "serves gpt-5, but the target is tiny" in outcome.err
         assert not Path("answers.jsonl.partial").exists()

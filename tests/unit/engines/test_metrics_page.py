@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lkspec.engines.metrics_page import counter, counter_by
+from lkspec.engines.vllm_api import counters
 
 PAGE = r"""
 # HELP vllm:drafts_total Number of drafts.
@@ -22,14 +22,14 @@ vllm:per_pos_total{position="0",engine="1"} 2e1
 
 
 def test_engines_are_summed_and_other_names_are_not():
-    assert counter(PAGE, "vllm:drafts") == 7.0
-    assert counter(PAGE, "bare") == 2.0
-    assert counter(PAGE, "vllm:draft") is None
+    assert counters(PAGE, "vllm:drafts") == {"": 7.0}
+    assert counters(PAGE, "bare") == {"": 2.0}
+    assert counters(PAGE, "vllm:draft") == {}
 
 
 def test_counts_by_a_label():
-    assert counter_by(PAGE, "vllm:per_pos", label="position") == {"0": 25.0, "1": 1.0}
-    assert counter_by(PAGE, "absent", label="position") == {}
+    assert counters(PAGE, "vllm:per_pos", label="position") == {"0": 25.0, "1": 1.0}
+    assert counters(PAGE, "absent", label="position") == {}
 
 
 @given(st.lists(st.tuples(st.text(st.characters(codec="utf-8", exclude_characters="\n\r")), st.integers(0, 2**50))))
@@ -39,4 +39,4 @@ def test_any_label_text(values):
     page = "\n".join(
         f'n_total{{position="{number}",m="{text}"}} {value}' for number, (text, value) in enumerate(escaped)
     )
-    assert dict(counter_by(page, "n", label="position")) == {str(n): value for n, (_, value) in enumerate(values)}
+    assert dict(counters(page, "n", label="position")) == {str(n): value for n, (_, value) in enumerate(values)}

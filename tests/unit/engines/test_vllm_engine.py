@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lkspec.decoding.chain import Request
 from lkspec.decoding.sampling import Sampling
-from lkspec.engines.rounds import counted_rounds
+from lkspec.engines.base import counted_rounds
 from lkspec.engines.vllm_engine import VllmEngine
 from lkspec.measure.metrics import PromptRounds, acceptance_metrics
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lkspec.benchmarks.base import Benchmark, BenchmarkPrompt
 from lkspec.decoding.chain import Request
-from lkspec.engines.speed import Speed
+from lkspec.engines.base import Speed
 from lkspec.measure.throughput import ThroughputOptions, measure_throughput
 from lkspec.reporting.measured import advice, comparable, print_throughput, speedups
 from lkspec.runs.facts import RunFacts
@@ -120,11 +120,11 @@ def test_a_file_of_another_version_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"concurrency": []}, "throughput.concurrency: expected a list of numbers from 1 on, got []"),
-        ({"concurrency": [0, 1]}, "throughput.concurrency: expected a list of numbers from 1 on"),
-        ({"num_draft_tokens": [-1]}, "throughput.num_draft_tokens: expected a list of numbers from 0 on"),
-        ({"num_requests": 3}, "throughput.num_requests: expected at least the largest concurrency, 4, got 3"),
-        ({"max_new_tokens": 1}, "throughput.max_new_tokens: expected at least 2, got 1"),
+        ({"concurrency": []}, "concurrency: expected a list of numbers from 1 on, got []"),
+        ({"concurrency": [0, 1]}, "concurrency: expected a list of numbers from 1 on"),
+        ({"num_draft_tokens": [-1]}, "num_draft_tokens: expected a list of numbers from 0 on"),
+        ({"num_requests": 3}, "num_requests: expected at least the largest concurrency, 4, got 3"),
+        ({"max_new_tokens": 1}, "max_new_tokens: expected at least 2, got 1"),
         ({"temperature": -1.0}, "temperature: expected >= 0"),
     ],
 )
