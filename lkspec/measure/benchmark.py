@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -121,13 +121,8 @@ class Measurement:
     def prompt_rounds(self) -> list[PromptRounds]:
         """Rounds of each answer, for the metrics."""
         return [
-            PromptRounds(
-                prompt_id=answer.prompt.id,
-                group=answer.prompt.group,
-                rounds=answer.completion.rounds,
-                num_tokens=len(answer.completion.tokens),
-            )
-            for answer in self.answers
+            PromptRounds(one.prompt.id, one.prompt.group, one.completion.rounds, len(one.completion.tokens))
+            for one in self.answers
         ]
 
     def walk_acceptance_lengths(self) -> tuple[float, ...]:
@@ -268,20 +263,25 @@ def _place(answer: Answer) -> tuple[str, int]:
 
 def gathered(measurement: Measurement) -> Measurement:
     """The measurement of all ranks together; wall time is the slowest rank's."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    _, num_replicas = rank_and_world()
+    if num_replicas == 1:
         return measurement
-    parts: list[Measurement | None] = [None] * torch.distributed.get_world_size()
+    parts: list[Measurement | None] = [None] * num_replicas
     torch.distributed.all_gather_object(parts, measurement)
     known = [part for part in parts if part is not None]
     baselines = [part.baseline_seconds for part in known if part.baseline_seconds is not None]
-    return Measurement(
-        engine=measurement.engine,
-        benchmark=measurement.benchmark,
-        setting=measurement.setting,
-        protocol=measurement.protocol,
+    return replace(
+        measurement,
         # The order of one process: what resamples the answers gives the same interval for any number of ranks.
         answers=tuple(sorted((answer for part in known for answer in part.answers), key=_place)),
         seconds=max(part.seconds for part in known),
         baseline_seconds=max(baselines) if baselines else None,
         baseline_tokens=sum(part.baseline_tokens for part in known),
     )
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of processes; (0, 1) alone."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lkspec.measure.walk import as_batch
 from lkspec.runs.rows import ResultRow
 from lkspec.targets.base import Target
-from lkspec.types import Batch
 
 _ROWS = 64  # of logits at once
 _MAX_EXCESS = 0.1  # nats a token: more than another precision explains,
@@ -57,9 +57,7 @@ def text_evidence(
     sums = torch.zeros(3, dtype=torch.float64)  # surprise, its expectation, its variance
     num_tokens = 0
     for prompt, answer in texts:
-        tokens = torch.tensor([[*prompt, *answer]])
-        ones = torch.ones_like(tokens)
-        batch = Batch(tokens, torch.arange(tokens.shape[1])[None], ones, ones, (("text",),)).to(target.device)
+        batch = as_batch([("text", prompt, answer)]).to(target.device)
         rows = target.states(batch).last[0, len(prompt) - 1 : -1]
         for start in range(0, len(rows), _ROWS):
             logits = target.head.logits(rows[start : start + _ROWS]).double()

@@ -8,11 +8,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from lkspec.benchmarks.base import Benchmark
 from lkspec.drafts.base import Draft
-from lkspec.measure.benchmark import Engine, Measurement, Progress, Setting, gathered, measure
+from lkspec.measure.benchmark import Engine, Measurement, Progress, Setting, gathered, measure, rank_and_world
 from lkspec.targets.base import Target
 
 ShowProgress = Callable[[str], AbstractContextManager[Progress]]
@@ -99,7 +97,7 @@ def evaluate(
         ValueError: settings out of range; as ``measure``.
     """
     options.check(draft)
-    rank, num_replicas = _rank_and_world()
+    rank, num_replicas = rank_and_world()
     for benchmark, setting in itertools.product(benchmarks, options.settings()):
         label = f"{benchmark.name} T={setting.temperature:g} K={setting.num_draft_tokens}"
         with show(label if setting.sharpness == 1 else f"{label} s={setting.sharpness:g}") as progress:
@@ -116,9 +114,3 @@ def evaluate(
                 engine=engine,
             )
         yield gathered(measured)
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

@@ -77,9 +77,7 @@ def round_rows(measurement: Measurement) -> list[RoundRow]:
             engine=measurement.engine,
             sharpness=setting.sharpness,
             round=number,
-            position=decoded.position,
-            accepted=decoded.accepted,
-            past_end=decoded.past_end,
+            **vars(decoded),
         )
         for answer in measurement.answers
         for number, decoded in enumerate(answer.completion.rounds)

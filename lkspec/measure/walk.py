@@ -154,7 +154,7 @@ def walk_texts(
     counts: dict[int, tuple[WalkCount | None, ...]] = {}
     lengths = [len(prompt) + len(answer) for _, prompt, answer in texts]
     for indices in _grouped(lengths, _text_tokens(target)):
-        batch = _as_batch([texts[index] for index in indices]).to(target.device)
+        batch = as_batch([texts[index] for index in indices]).to(target.device)
         stats = draft_stats(
             draft,
             batch,
@@ -187,7 +187,8 @@ def _grouped(lengths: Sequence[int], max_tokens: int) -> Iterable[list[int]]:
         yield group
 
 
-def _as_batch(texts: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> Batch:
+def as_batch(texts: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> Batch:
+    """(name, prompt, answer) of texts as conversations of one turn, a row each."""
     tokens = stack_rows(torch.tensor([*prompt, *answer]) for _, prompt, answer in texts)
     turns = stack_rows(torch.tensor([0] * len(prompt) + [1] * len(answer)) for _, prompt, answer in texts)
     segments = stack_rows(torch.ones(len(prompt) + len(answer), dtype=torch.int64) for _, prompt, answer in texts)
