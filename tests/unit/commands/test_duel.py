@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from report_runs import make_run, walk_held_out
+from helpers.report_runs import make_run, walk_held_out
 
 from lkspec.commands.duel import print_duel
 
