@@ -31,7 +31,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> list[P
     start = 0
     for stop in range(1, len(completion.tokens) + 1):
         text = str(tokenizer.decode(completion.tokens[start:stop]))
-        # Half a character: wait for its other tokens, but not for ever, since a model can write bytes that are none.
+        # Half a character: wait for its other tokens, but not without end: a model can write bytes that are none.
         if text.endswith("\ufffd") and stop - start < _MAX_CHARACTER_TOKENS and stop < len(completion.tokens):
             continue
         found.append(Piece(text, completion.writers[stop - 1]))

@@ -1,4 +1,4 @@
-"""Reads run folders into counts a prompt: what every table, figure and notebook starts from.
+"""Reads run folders into counts per prompt: what every table, figure and notebook starts from.
 
 Of decoding results.csv says what there is, and rounds.parquet tells the prompts apart; of the walk along held-out
 answers walk.parquet does both.

@@ -54,10 +54,10 @@ def line_marker(index: int) -> str:
 
 
 @contextmanager
-def panels(titles: Sequence[str], *, height: float = 4.2) -> Iterator[tuple[Figure, Sequence[Axes]]]:
-    """An empty figure with a panel a title, side by side with one vertical axis; what is drawn inside has the style."""
+def panels(titles: Sequence[str]) -> Iterator[tuple[Figure, Sequence[Axes]]]:
+    """A figure with a panel per title, side by side with one vertical axis; what is drawn within has the style."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, layout="constrained")
+        figure = Figure(figsize=(WIDTH_INCHES, 4.2), dpi=DPI, layout="constrained")
         grid = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
         for axes, title in zip(grid, titles, strict=True):
             axes.set_title(title)

@@ -96,7 +96,7 @@ def _looks(rows: Sequence[TableRow]) -> list[dict[str, Any]]:
 
 
 def gains_figure(table: Table) -> Figure | None:
-    """Every gain of ours with its interval, a line a cell, a panel a row of the table; None without any."""
+    """Every gain of ours with its interval, a line per cell, a panel per row of the table; None without any."""
     rows = [row for row in table.rows if row.source == OURS and any(cell.gain is not None for cell in row.cells)]
     if not rows:
         return None

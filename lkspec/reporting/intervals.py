@@ -33,9 +33,9 @@ from jaxtyping import Float
 
 @dataclass(frozen=True)
 class Counts:
-    """Sums of one stratum (a benchmark): a row a seed, a column a prompt.
+    """Sums of one stratum (a benchmark): a row per seed, a column per prompt.
 
-    ``grouped`` False: there is one number a seed, whose prompts are not known apart.
+    ``grouped`` False: there is one number per seed, whose prompts are not known apart.
     """
 
     numerator: Float[np.ndarray, "S P"]

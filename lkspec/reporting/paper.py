@@ -31,7 +31,7 @@ class PaperTable:
         """Table "1", "2", "4" or "figure 1".
 
         Raises:
-            ValueError: no such table, or a key that its numbers have not.
+            ValueError: no such table, or a key that its numbers do not have.
         """
         rows = pd.read_csv(_FILE, dtype=str, keep_default_na=False)
         if name is None:

@@ -55,10 +55,10 @@ def _with_walks(rows: Sequence[ResultRow]) -> list[ResultRow]:
 
 
 def tau_over_k_figure(rows: Sequence[ResultRow], *, before: Sequence[ResultRow] = ()) -> Figure:
-    """Acceptance length over num_draft_tokens: a panel a temperature, a line a benchmark, bars for the intervals.
+    """Acceptance length over num_draft_tokens: a panel per temperature, a line per benchmark, bars for the intervals.
 
     Args:
-        rows: of one run, at most one a benchmark, temperature and num_draft_tokens.
+        rows: of one run, at most one per benchmark, temperature and num_draft_tokens.
         before: the same before training, drawn grey and dashed.
     """
     with _by_temperature(rows) as (figure, grid, handles):
@@ -97,7 +97,7 @@ def acceptance_per_position_figure(rows: Sequence[ResultRow]) -> Figure:
     """Share of the rounds with at least k accepted tokens over the position k, taken from each line's largest K.
 
     Args:
-        rows: of one run, at most one a benchmark, temperature and num_draft_tokens.
+        rows: of one run, at most one per benchmark, temperature and num_draft_tokens.
     """
     with _by_temperature(rows) as (figure, grid, handles):
         for axes, temperature in grid:
@@ -142,7 +142,7 @@ def alpha_over_time_figure(history: History, validation: History = ()) -> Figure
 def _by_temperature(
     rows: Sequence[ResultRow],
 ) -> Iterator[tuple[Figure, list[tuple[Axes, float]], dict[str, dict[str, Any]]]]:
-    """A figure with a panel a temperature, and its legend, which starts with a look for each benchmark."""
+    """A figure with a panel per temperature, and its legend, which starts with a look for each benchmark."""
     temperatures = sorted({row.temperature for row in rows})
     benchmarks = dict.fromkeys(row.benchmark for row in rows)
     handles = {

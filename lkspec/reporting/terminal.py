@@ -25,7 +25,7 @@ def say(text: str) -> None:
 
 
 def facts(texts: Mapping[str, str]) -> None:
-    """Prints a line each: the name in bold, then its text."""
+    """Prints a line for each: the name in bold, then its text."""
     for name, text in texts.items():
         console.print(Text.assemble((f"{name:<11}", "bold"), text), soft_wrap=True)
 

@@ -52,7 +52,7 @@ def html_page(table: Table) -> str:
 
 
 def fragment(table: Table) -> str:
-    """The table and its caption alone, for a page that has a style of its own."""
+    """The table and its caption alone, for a page with another style."""
     sentences = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in table.caption)
     return f"""<div class="scroll"><table>
 <thead>{_head(table)}</thead>
