@@ -23,7 +23,6 @@ from lkspec.app.sweeps import Sweep, refuse_parallel_jobs
 from lkspec.data.datamodule import SpeculatorDataModule
 from lkspec.measure.evaluation import EvaluationOptions
 from lkspec.reporting import terminal
-from lkspec.reporting.jobs import print_list
 from lkspec.reporting.run_figures import draw_run
 from lkspec.runs.folder import RunFolder
 from lkspec.targets.base import Target
@@ -40,6 +39,8 @@ def main(config: DictConfig) -> dict[str, float] | None:
     if config.list_jobs:
         sweep.note(listed=(line := job.listed(sweep)))
         if sweep.journal is None:
+            from lkspec.reporting.jobs import print_list  # pandas and all, which training does without
+
             print_list([line])
         return None
     with started(job, sweep) as ready:
