@@ -168,9 +168,10 @@ def _first(override: Override) -> str:
 
 def _expected(default: Any) -> Any:
     """The type of what may stand in place of a default; ``Any`` where that does not tell, as null and text do not."""
-    if isinstance(default, bool | int | float):
-        return type(default)
-    if OmegaConf.is_list(default) and default and len({type(entry) for entry in default}) == 1:
-        kind = type(default[0])
-        return kind | list[kind] if kind in (bool, int, float) else Any  # type: ignore[valid-type]
+    if isinstance(default, bool):
+        return bool
+    if isinstance(default, int | float):  # temperatures: [0, 1] does not mean whole ones
+        return float
+    if OmegaConf.is_list(default) and default and all(isinstance(entry, int | float) for entry in default):
+        return float | list[float]
     return Any

@@ -62,8 +62,8 @@ def fits(value: Any, expected: Any) -> bool:
         return isinstance(value, dict)
     if expected is bool:
         return isinstance(value, bool)
-    if expected is str:  # a number is text to YAML only if it is quoted
-        return isinstance(value, str | int | float) and not isinstance(value, bool)
+    if expected is str:
+        return isinstance(value, str)
     if expected in (int, float):
         return isinstance(value, int if expected is int else int | float) and not isinstance(value, bool)
     return value is None if expected in (None, NoneType) else True

@@ -40,7 +40,7 @@ def answered(folder: Path, *arguments: str) -> tuple[str, str, set[str]]:
         (["train", "-m", "loss=kl,lk_alpa"], "Error: loss=lk_alpa: did you mean lk_alpha? (loss is one of "),
         (["train", "drafft=mlp"], "Error: drafft=mlp: there is no drafft; did you mean draft? "),
         (["train", "optimizer.lrr=1"], "Error: optimizer.lrr=1: there is no optimizer.lrr; did you mean lr? "),
-        (["train", "seed=abc"], "Error: seed=abc: expected a whole number, got 'abc'"),
+        (["train", "seed=abc"], "Error: seed=abc: expected a number, got 'abc'"),
         (["train", "data=jsonl"], "Error: data.train has no value yet: give one as data.train=..."),
         (["train", "seed"], "Error: seed: expected key=value ("),
         (["train", "resume=none"], "Error: run 'none': there are no runs under runs "),

@@ -181,6 +181,10 @@ def test_an_interrupted_run_is_not_skipped_as_if_it_were_finished(lkspec_cli):
 BAD_INPUTS = {
     "a word for a size": (["vocab.size=atuo"], "vocab.size"),
     "a vocabulary that is too large": (["vocab.size=100000"], "vocab.size"),
+    "a word for eta": (["loss=lk_lambda", "loss.eta=abc"], "loss.eta: expected a number, got 'abc'"),
+    "a word for epochs": (["trainer.max_epochs=abc"], "trainer.max_epochs: expected a whole number or null, got 'abc'"),
+    "a word for a rate": (["optimizer.lr=abc"], "optimizer.lr: expected a number or Tensor, got 'abc'"),
+    "a number for a file": (["data.train=5"], "data.train: expected text"),
     "a missing file": (["data.train=nowhere.jsonl"], "nowhere.jsonl"),
     "a value left out": (["data.train=???"], "data.train"),
     "float16": (["trainer.precision=16"], "bf16-mixed"),

@@ -54,8 +54,17 @@ GIVEN = "nested.other=1"
     [
         [],
         *(["draft=medusa"], ["extra=a"], ["draft=eagle,medusa"], ["~draft"], ["+draft@second=medusa"]),
-        *(["seed=1"], ["seed=1,2"], ["seed=range(3)"], ["share=1"], ["share=null"], ["quick=true"], ["size=3"]),
-        *(["sizes=3"], ["sizes=[3]"], ["sizes=[],[1]"], ["none=abc"], ["none=3"], ["nested={depth: 1}"], ["~nested"]),
+        *(
+            ["seed=1"],
+            ["seed=1.5"],
+            ["seed=1,2"],
+            ["seed=range(3)"],
+            ["share=1"],
+            ["share=null"],
+            ["quick=true"],
+            ["size=3"],
+        ),
+        *(["sizes=3"], ["sizes=[0.5]"], ["sizes=[],[1]"], ["none=abc"], ["none=3"], ["nested={depth: 1}"], ["~nested"]),
         *(["+new=abc"], ["++new.deep=1"], ["draft.heads=abc"], ["+draft.more=1"], ["hydra.mode=MULTIRUN"]),
     ],
 )
@@ -79,13 +88,13 @@ def test_what_is_meant_well_passes(composition, overrides):
         ("~nested.dept", "~nested.dept: there is no nested.dept; did you mean depth?"),
         ("neste.depth=1", "neste.depth=1: there is no neste; did you mean nested?"),
         ("draft.head=1", "draft.head=1: there is no draft.head; did you mean heads? (draft has the keys heads)"),
-        ("seed=abc", "seed=abc: expected a whole number, got 'abc'"),
-        ("seed=1,abc", "seed=abc: expected a whole number, got 'abc'"),
-        ("seed=1.5", "seed=1.5: expected a whole number, got 1.5"),
+        ("seed=abc", "seed=abc: expected a number, got 'abc'"),
+        ("seed=1,abc", "seed=abc: expected a number, got 'abc'"),
+        ("seed=true", "seed=True: expected a number, got True"),
         ("++share=abc", "share=abc: expected a number, got 'abc'"),
         ("quick=perhaps", "quick=perhaps: expected true or false, got 'perhaps'"),
-        ("sizes=[a]", "sizes=['a']: expected a whole number or a list (a whole number each), got ['a']"),
-        ("nested.depth=[1]", "nested.depth=[1]: expected a whole number, got [1]"),
+        ("sizes=[a]", "sizes=['a']: expected a number or a list (a number each), got ['a']"),
+        ("nested.depth=[1]", "nested.depth=[1]: expected a number, got [1]"),
     ],
 )
 def test_what_cannot_be_meant_is_told_in_a_line(composition, override, line):

@@ -37,7 +37,7 @@ class Part:
         *((3, int, True), (3.0, int, False), (True, int, False), ("3", int, False), (None, int, False)),
         *((3, float, True), (3.5, float, True), (True, float, False), ("abc", float, False)),
         *((True, bool, True), (1, bool, False), ("true", bool, False)),
-        *(("a", str, True), (3, str, True), (True, str, False), ([], str, False)),
+        *(("a", str, True), (3, str, False), (True, str, False), ([], str, False)),
         *((None, int | None, True), ("abc", float | Tensor, False), ([1], float | Tensor, True)),
         *(
             ("a", Path | None, True),
