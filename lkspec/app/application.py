@@ -29,6 +29,7 @@ from hydra.errors import HydraException, InstantiationException, OverrideParseEx
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
+from omegaconf.errors import InterpolationKeyError
 
 from lkspec.app import sweeps
 from lkspec.app.overrides import Composition, refuse_fixed
@@ -199,6 +200,8 @@ def _users_mistake(error: Exception) -> str | None:
         return f"{error.full_key} has no value yet: give one as {error.full_key}=..."
     if isinstance(error, OverrideParseException):
         return f"{error.override}: expected key=value ({' '.join(error.message.partition('See')[0].split())})"
+    if isinstance(error, InterpolationKeyError):
+        return f"{error.full_key}: {str(error).splitlines()[0]}"
     if isinstance(error, HydraException) and not isinstance(error, InstantiationException):
         return " ".join(f"{error} {error.__cause__ or ''}".split())
     cause = error

@@ -31,7 +31,7 @@ def _check(node: Mapping[Any, Any], prefix: str) -> None:
     hints = _hints(node["_target_"]) if "_target_" in node else {}
     for key, value in node.items():
         expected = hints.get(key, Any)
-        if not fits(value, expected):
+        if value is not None and not fits(value, expected):  # null may still be filled in, as a checkpoint's settings
             raise ValueError(f"{prefix}{key}: expected {in_words(expected)}, got {value!r}")
         if isinstance(value, dict):
             _check(value, f"{prefix}{key}.")

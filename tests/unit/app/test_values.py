@@ -67,7 +67,7 @@ def test_types_in_words():
         ({"mode": "quick"}, "top.mode: expected 'fast', 'slow', got 'quick'"),
         ({"frozen": 1}, "top.frozen: expected true or false, got 1"),
         ({"layers": [1, "two"]}, "top.layers: expected a list (a whole number each), got [1, 'two']"),
-        ({"part": {"_target_": f"{__name__}.Part", "size": None}}, "top.part.size: expected a whole number, got None"),
+        ({"part": {"_target_": f"{__name__}.Part", "size": 0.5}}, "top.part.size: expected a whole number, got 0.5"),
     ],
 )
 def test_a_value_of_another_type_is_named_with_its_key_and_what_was_expected(changed, line):
@@ -79,3 +79,4 @@ def test_a_value_of_another_type_is_named_with_its_key_and_what_was_expected(cha
 def test_what_is_no_class_or_has_no_annotations_is_left_to_whoever_builds_it():
     parts = [{"_target_": "nowhere.Part", "size": "abc"}, {"_target_": "builtins.print", "sep": 3}]
     check_arguments(OmegaConf.create({"a": parts[0], "b": parts[1], "plain": {"size": "abc"}, "none": None}))
+    check_arguments(OmegaConf.create({"part": {"_target_": f"{__name__}.Part", "size": None}}))
