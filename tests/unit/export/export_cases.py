@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from helpers.draft_cases import batch_for, half_vocab
 from safetensors import safe_open
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lkspec.drafts.base import Draft
+from lkspec.export.base import Layout
 from lkspec.export.reading import Pretrained
 from lkspec.targets.base import Target
 from lkspec.types import Batch, TargetStates
@@ -77,6 +79,36 @@ def same_q(first: Draft, second: Draft, target: Target, num_depths: int = 3) -> 
 def reopened(folder: Path | str, target: Target) -> Draft:
     """The draft that a folder holds."""
     return Pretrained.open(str(folder)).build(target)
+
+
+def assert_q(folder: str, target: Target, expected: Tensor, num_depths: int = 3) -> None:
+    """What a folder's draft proposes is ``expected`` [K, T, V], wherever the text is long enough for it to be known."""
+    batch, states = inputs(target)
+    q = unrolled_q(reopened(folder, target), batch, states, num_depths)
+    known = ~expected.isnan()
+    assert known[0, :-1].all()
+    assert (q - expected)[known].abs().max() < 1e-5
+
+
+def refusal(folder: str, target: Target) -> str:
+    """What opening and building a folder's draft says, without the folder's path in front."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # the callers look at it
+        reopened(folder, target)
+    assert str(caught.value).startswith(f"{folder}: ")
+    return str(caught.value).removeprefix(f"{folder}: ")
+
+
+def changed(tensors: Tensors, without: str | None, more: str | None) -> Tensors:
+    """Tensors with one left out, or one more."""
+    kept = {name: tensor for name, tensor in tensors.items() if name != without}
+    return kept if more is None else {**kept, more: torch.ones(2)}
+
+
+def checks_after(layout: Layout, folder: Path, draft: Draft, target: Target, **changes: Any) -> list[str]:
+    """What is checked of a written draft whose config was changed afterwards."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return layout.checks(Pretrained.open(str(folder)).folder, draft, target)
 
 
 PLAIN_SHAPES: dict[str, tuple[int, ...]] = {

@@ -13,13 +13,16 @@ from export_cases import (
     H,
     Tensors,
     V,
+    assert_q,
+    changed,
+    checks_after,
     drawn,
     inputs,
     read_folder,
+    refusal,
     reopened,
     same_q,
     shapes_of,
-    unrolled_q,
     write_folder,
 )
 from helpers.draft_cases import CASES, make_draft
@@ -27,7 +30,6 @@ from helpers.draft_cases import CASES, make_draft
 from lkspec.drafts.medusa import Medusa
 from lkspec.export.base import WriteOptions
 from lkspec.export.medusa import VllmMedusa
-from lkspec.export.reading import Pretrained
 from lkspec.targets.tiny import TinyTarget
 from lkspec.vocab import DraftVocab
 
@@ -78,11 +80,6 @@ def exact_q(target: TinyTarget, rows: list[torch.Tensor], ids: torch.Tensor, *, 
             x = x + z * torch.sigmoid(z)
         q[h][:, ids] = (x @ rows[h].double().T).softmax(-1)
     return q
-
-
-def assert_q(folder: str, target: TinyTarget, expected: torch.Tensor) -> None:
-    batch, states = inputs(target)
-    assert (unrolled_q(reopened(folder, target), batch, states, K) - expected).abs().max() < 1e-5
 
 
 # --- vLLM's -------------------------------------------------------------------------------------------------------
@@ -164,7 +161,7 @@ def test_there_and_back(case: str, vocab: DraftVocab | None, tiny_target: TinyTa
     draft = own_draft(tiny_target, vocab, case)
     VllmMedusa().write(tmp_path, draft, tiny_target, OPTIONS)
     assert same_q(draft, reopened(tmp_path, tiny_target), tiny_target)
-    lines = VllmMedusa().checks(Pretrained.open(str(tmp_path)).folder, draft, tiny_target)
+    lines = checks_after(VllmMedusa(), tmp_path, draft, tiny_target)
     ending = "by their own ids" if vocab is None else "by token_map; the other rows of the heads repeat the first's"
     assert lines[2].endswith(ending)
 
@@ -204,14 +201,11 @@ def test_a_config_that_is_not_the_drafts(
 ) -> None:
     draft = own_draft(tiny_target, HALF)
     VllmMedusa().write(tmp_path, draft, tiny_target, OPTIONS)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
-    with pytest.raises(ValueError, match=message):
-        VllmMedusa().checks(Pretrained.open(str(tmp_path)).folder, draft, tiny_target)
-    (tmp_path / "config.json").write_text(json.dumps(config))
     other = own_draft(tiny_target, DraftVocab(HALF.ids - 1, V))
     with pytest.raises(ValueError, match="the rows of its heads are not the tokens of the draft's vocabulary"):
-        VllmMedusa().checks(Pretrained.open(str(tmp_path)).folder, other, tiny_target)
+        checks_after(VllmMedusa(), tmp_path, other, tiny_target)
+    with pytest.raises(ValueError, match=message):
+        checks_after(VllmMedusa(), tmp_path, draft, tiny_target, **changes)
 
 
 @pytest.mark.parametrize(
@@ -234,13 +228,8 @@ def test_what_does_not_fit(
     tiny_target: TinyTarget,
     tmp_path: Path,
 ) -> None:
-    tensors = {name: tensor for name, tensor in vllm_tensors(heads(HALF.size)).items() if name != without}
-    if more is not None:
-        tensors[more] = torch.ones(2)
-    folder = write_folder(tmp_path, tensors, {**CONFIG, **config})
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  # compared as a whole
-        reopened(folder, tiny_target)
-    assert str(caught.value).startswith(f"{folder}: {message}")
+    tensors = changed(vllm_tensors(heads(HALF.size)), without, more)
+    assert refusal(write_folder(tmp_path, tensors, {**CONFIG, **config}), tiny_target).startswith(message)
 
 
 def test_a_config_without_heads(tiny_target: TinyTarget, tmp_path: Path) -> None:
@@ -285,13 +274,9 @@ def test_the_original_layout(bias: bool, file: str, tiny_target: TinyTarget, tmp
 def test_what_does_not_fit_the_original_layout(
     without: str | None, more: str | None, message: str, tiny_target: TinyTarget, tmp_path: Path
 ) -> None:
-    tensors = {name: tensor for name, tensor in original_tensors(bias=True).items() if name != without}
-    if more is not None:
-        tensors[more] = torch.ones(2)
+    tensors = changed(original_tensors(bias=True), without, more)
     folder = write_folder(tmp_path, tensors, ORIGINAL_CONFIG, name="medusa_lm_head")
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  # compared as a whole
-        reopened(folder, tiny_target)
-    assert str(caught.value) == f"{folder}: {message}"
+    assert refusal(folder, tiny_target) == message
 
 
 def test_another_target(tiny_target: TinyTarget, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,16 @@ from export_cases import (
     H,
     Tensors,
     V,
+    assert_q,
+    changed,
+    checks_after,
     drawn,
     inputs,
     read_folder,
+    refusal,
     reopened,
     same_q,
     shapes_of,
-    unrolled_q,
     write_folder,
 )
 from helpers.draft_cases import CASES, make_draft
@@ -97,11 +99,7 @@ def test_a_public_checkpoint_proposes_what_the_formulas_say(
         kept = {name: tensor for name, tensor in tensors.items() if ".0." in name or name == "speculator.proj.1.weight"}
     config = {**CONFIG, "tie_weights": tied != "no", "scale_input": scale_input}
     expected = exact_q(tiny_target, tensors, scale_input=scale_input)
-    batch, states = inputs(tiny_target)
-    q = unrolled_q(reopened(write_folder(tmp_path, kept, config), tiny_target), batch, states, K)
-    known = ~expected.isnan()
-    assert known[0, :-1].all()
-    assert (q - expected)[known].abs().max() < 1e-5
+    assert_q(write_folder(tmp_path, kept, config), tiny_target, expected)
 
 
 def test_an_inner_size_of_zero_is_the_targets(tiny_target: TinyTarget, tmp_path: Path) -> None:
@@ -161,7 +159,7 @@ def test_there_and_back(case: str, num_depths: int, tiny_target: TinyTarget, tmp
     draft = own_draft(tiny_target, case, num_depths=num_depths)
     FmsMLP().write(tmp_path, draft, tiny_target, OPTIONS)
     assert same_q(draft, reopened(tmp_path, tiny_target), tiny_target, num_depths)
-    lines = FmsMLP().checks(Pretrained.open(str(tmp_path)).folder, draft, tiny_target)
+    lines = checks_after(FmsMLP(), tmp_path, draft, tiny_target)
     assert lines[2] == "vocabulary: all 264 tokens of the target"
     assert FmsMLP().serve_commands(draft, "org/target", "out", OPTIONS) == []
 
@@ -176,10 +174,8 @@ def test_a_truncated_vocabulary_is_refused(tiny_target: TinyTarget, tmp_path: Pa
 def test_a_config_that_is_not_the_drafts(tiny_target: TinyTarget, tmp_path: Path) -> None:
     draft = own_draft(tiny_target, "mlp")
     FmsMLP().write(tmp_path, draft, tiny_target, OPTIONS)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "scale_input": True}))
-    with pytest.raises(ValueError, match=r"config\.json does not describe the draft"):
-        FmsMLP().checks(Pretrained.open(str(tmp_path)).folder, draft, tiny_target)
+    with pytest.raises(ValueError, match=r"config\.json does not describe the draft's scale_input$"):
+        checks_after(FmsMLP(), tmp_path, draft, tiny_target, scale_input=True)
 
 
 @pytest.mark.parametrize(
@@ -202,13 +198,8 @@ def test_what_does_not_fit(
     tiny_target: TinyTarget,
     tmp_path: Path,
 ) -> None:
-    tensors = {name: tensor for name, tensor in fms_tensors().items() if name != without}
-    if more is not None:
-        tensors[more] = torch.ones(2)
-    folder = write_folder(tmp_path, tensors, {**CONFIG, **config})
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  # compared as a whole
-        reopened(folder, tiny_target)
-    assert str(caught.value).startswith(f"{folder}: {message}")
+    folder = write_folder(tmp_path, changed(fms_tensors(), without, more), {**CONFIG, **config})
+    assert refusal(folder, tiny_target).startswith(message)
 
 
 def test_a_config_without_sizes(tiny_target: TinyTarget, tmp_path: Path) -> None:

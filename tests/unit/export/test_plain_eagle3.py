@@ -18,14 +18,16 @@ from export_cases import (
     Stored,
     Tensors,
     V,
+    assert_q,
+    checks_after,
     drawn,
     inputs,
     plain_tensors,
     read_folder,
+    refusal,
     reopened,
     same_q,
     shapes_of,
-    unrolled_q,
     write_folder,
 )
 from helpers.draft_cases import CASES, make_draft
@@ -55,14 +57,6 @@ def exact_q(tensors: Tensors, target: TinyTarget, *, norm_before_residual: bool 
     wide = torch.zeros(*hidden.shape[:2], V, dtype=torch.float64)
     wide[..., torch.arange(HALF.size) + tensors["d2t"]] = (hidden @ tensors["lm_head.weight"].double().T).softmax(-1)
     return wide
-
-
-def assert_q(folder: str, expected: torch.Tensor, target: TinyTarget, tolerance: float = 1e-5) -> None:
-    batch, states = inputs(target)
-    q = unrolled_q(reopened(folder, target), batch, states, 3)
-    known = ~expected.isnan()
-    assert known[0, :-1].all()
-    assert (q - expected)[known].abs().max() < tolerance
 
 
 # --- public checkpoints ---------------------------------------------------------------------------------------------
@@ -106,7 +100,7 @@ WRITTEN: dict[str, Callable[[Tensors], Tensors]] = {
 def test_a_public_checkpoint_proposes_what_the_formulas_say(how: str, tiny_target: TinyTarget, tmp_path: Path) -> None:
     """With RoPE of its own config (theta 500), not of the target's (10,000)."""
     tensors = plain_tensors()
-    assert_q(write_folder(tmp_path, WRITTEN[how](tensors), PLAIN_CONFIG), exact_q(tensors, tiny_target), tiny_target)
+    assert_q(write_folder(tmp_path, WRITTEN[how](tensors), PLAIN_CONFIG), tiny_target, exact_q(tensors, tiny_target))
 
 
 def test_norm_before_residual(tiny_target: TinyTarget, tmp_path: Path) -> None:
@@ -114,7 +108,7 @@ def test_norm_before_residual(tiny_target: TinyTarget, tmp_path: Path) -> None:
     folder = write_folder(tmp_path, tensors, {**PLAIN_CONFIG, "norm_before_residual": True})
     expected = exact_q(tensors, tiny_target, norm_before_residual=True)
     assert (expected - exact_q(tensors, tiny_target)).nan_to_num().abs().max() > 1e-2
-    assert_q(folder, expected, tiny_target)
+    assert_q(folder, tiny_target, expected)
 
 
 def test_pickled_and_in_half_precision(tiny_target: TinyTarget, tmp_path: Path) -> None:
@@ -125,13 +119,13 @@ def test_pickled_and_in_half_precision(tiny_target: TinyTarget, tmp_path: Path) 
     copy = tiny_target.spec.embedding.half()
     torch.save({**tensors, "embed_tokens.weight": copy}, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps(PLAIN_CONFIG))
-    assert_q(str(tmp_path), exact_q(tensors, tiny_target), tiny_target)
+    assert_q(str(tmp_path), tiny_target, exact_q(tensors, tiny_target))
 
 
 def test_plain_llama_as_the_architecture(tiny_target: TinyTarget, tmp_path: Path) -> None:
     tensors = plain_tensors()
     folder = write_folder(tmp_path, tensors, {**PLAIN_CONFIG, "architectures": ["LlamaForCausalLM"]})
-    assert_q(folder, exact_q(tensors, tiny_target), tiny_target)
+    assert_q(folder, tiny_target, exact_q(tensors, tiny_target))
 
 
 def test_a_whole_vocabulary_has_no_d2t(tiny_target: TinyTarget, tmp_path: Path) -> None:
@@ -165,10 +159,7 @@ def test_what_a_run_would_say_of_it(tmp_path: Path) -> None:
 def refused(folder: Path, target: TinyTarget, *, tensors: Tensors | None = None, **config: Any) -> str:
     """What opening and building says, without the folder's path in front."""
     path = write_folder(folder, plain_tensors() if tensors is None else tensors, {**PLAIN_CONFIG, **config})
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  # the callers look at it
-        reopened(path, target)
-    assert str(caught.value).startswith(f"{path}: ")
-    return str(caught.value).removeprefix(f"{path}: ")
+    return refusal(path, target)
 
 
 @pytest.mark.parametrize("name", sorted(PLAIN_SHAPES))
@@ -366,15 +357,9 @@ def test_two_auxiliary_states_are_refused() -> None:
         PlainEagle3().stored(own_draft(target), {})
 
 
-def checked(folder: Path, target: TinyTarget, draft: Eagle3, **changes: Any) -> list[str]:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    return PlainEagle3().checks(Pretrained.open(str(folder)).folder, draft, target)
-
-
 def test_what_is_checked(tiny_target: TinyTarget, tmp_path: Path) -> None:
     draft = own_draft(tiny_target)
-    lines = checked(exported(tmp_path, tiny_target, draft), tiny_target, draft)
+    lines = checks_after(PlainEagle3(), exported(tmp_path, tiny_target, draft), draft, tiny_target)
     assert [line.partition(":")[0] for line in lines] == [
         "auxiliary states",
         "RoPE",
@@ -403,14 +388,14 @@ def test_a_config_that_is_not_the_drafts(
 ) -> None:
     draft = own_draft(tiny_target)
     with pytest.raises(ValueError, match=message):
-        checked(exported(tmp_path, tiny_target, draft), tiny_target, draft, **changes)
+        checks_after(PlainEagle3(), exported(tmp_path, tiny_target, draft), draft, tiny_target, **changes)
 
 
 def test_another_vocabulary_than_the_drafts(tiny_target: TinyTarget, tmp_path: Path) -> None:
     folder = exported(tmp_path, tiny_target, own_draft(tiny_target))
     other = own_draft(tiny_target, DraftVocab(HALF.ids - 1, V))
     with pytest.raises(ValueError, match="the rows of its heads are not the tokens of the draft's vocabulary"):
-        PlainEagle3().checks(Pretrained.open(str(folder)).folder, other, tiny_target)
+        checks_after(PlainEagle3(), folder, other, tiny_target)
 
 
 def test_how_it_is_served(tiny_target: TinyTarget) -> None:
