@@ -21,7 +21,7 @@ from lkspec.runs.find import find_run
 from lkspec.runs.folder import RunFolder, run_name
 from lkspec.runs.identity import measured_by
 from lkspec.targets.base import Target
-from lkspec.targets.dims import llama_words, with_layer
+from lkspec.targets.dims import different_words, llama_words, with_layer
 from lkspec.training.module import CHECKPOINT_KEY
 from lkspec.vocab import DraftVocab
 
@@ -112,15 +112,12 @@ def draft_to_train(job: Job, target: Target, data: SpeculatorDataModule) -> Draf
 def _check_layer(where: str, theirs: Mapping[str, Any] | None, ours: Mapping[str, Any] | None, target: Target) -> None:
     """Compares what decoder layers compute; positions beyond an engine's limit are none of it."""
     there, here = (with_layer(target.spec, layer).dims for layer in (theirs, ours))
-    words, own = llama_words(there), llama_words(here)
-    same_rope = there.inv_freq.shape == here.inv_freq.shape and torch.allclose(there.inv_freq, here.inv_freq)
-    if same_rope and there.rope_attention_factor == here.rope_attention_factor:
-        del words["rope_parameters"]
-    for key, value in words.items():
-        if key != "max_position_embeddings" and value != own[key]:
+    for key in different_words(there, here):
+        if key != "max_position_embeddings":
             raise ValueError(
-                f"{where}: its decoder layer has {key} {value}, this draft's {own[key]}; set draft.layer.{key}, or "
-                "take everything over with draft=pretrained draft.path=..."
+                f"{where}: its decoder layer has {key} {llama_words(there)[key]}, this draft's "
+                f"{llama_words(here)[key]}; set draft.layer.{key}, or take everything over with draft=pretrained "
+                "draft.path=..."
             )
 
 

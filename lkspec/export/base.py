@@ -94,7 +94,6 @@ class Layout(ABC):
         vllm: vLLM's words for such a draft beside its target; None is not served so.
         sglang: SGLang's name of the algorithm; None is not served so.
         aliases: how a tensor's name, ours or of another writer, begins -> how this format spells it.
-        prefix: what names begin with when they are written.
         ignored: patterns of tensors that are none of the draft's own.
         arguments: argument and attribute of the draft class -> its key in config.json (False where it is missing).
         fixed: arguments that the format leaves no choice of.
@@ -110,7 +109,6 @@ class Layout(ABC):
     vllm: ClassVar[Mapping[str, str] | None] = None
     sglang: ClassVar[str | None] = None
     aliases: ClassVar[Mapping[str, str]] = {"speculator.": "", "model.": ""}
-    prefix: ClassVar[str] = ""
     ignored: ClassVar[tuple[str, ...]] = ()
     arguments: ClassVar[Mapping[str, str]] = {}
     fixed: ClassVar[Mapping[str, str]] = {}
@@ -174,16 +172,9 @@ class Layout(ABC):
         """Target id of each row of the heads, in the checkpoint's own order."""
         return torch.arange(target_size)
 
-    def vocab_ids(self, folder: TensorFolder, target_size: int) -> Int[Tensor, " D"]:
-        """Target id of each draft id, ascending."""
-        return self.row_ids(folder, target_size).sort().values
-
     def canonical(self, name: str) -> str:
         """A tensor's name, ours or a stored one, as this format spells it."""
-        for alias, spelled in self.aliases.items():
-            if name.startswith(alias):
-                name = spelled + name.removeprefix(alias)
-        return name
+        return spelled(name, self.aliases)
 
     def reader(self, folder: TensorFolder) -> Reader:
         """The checkpoint's tensors of this format."""
@@ -225,7 +216,7 @@ class Layout(ABC):
 
     def stored(self, draft: Any, config: Mapping[str, Any]) -> dict[str, Tensor]:
         """What ``tensors`` reads, by the format's names."""
-        return {self.prefix + self.theirs(name, draft, config): tensor for name, tensor in own_tensors(draft).items()}
+        return {self.theirs(name, draft, config): tensor for name, tensor in own_tensors(draft).items()}
 
     def write(self, folder: Path, draft: Draft, target: Target, options: WriteOptions) -> None:
         """Fills a folder.
@@ -250,7 +241,7 @@ class Layout(ABC):
         self.check_target(folder, target)
         if wrong := self.misdescribed(folder, draft):
             raise ValueError(f"{folder.path}: config.json does not describe the draft's {', '.join(wrong)}")
-        if not torch.equal(self.vocab_ids(folder, target.vocab_size), draft.vocab.ids.cpu()):
+        if not torch.equal(self.row_ids(folder, target.vocab_size).sort().values, draft.vocab.ids.cpu()):
             raise ValueError(f"{folder.path}: the rows of its heads are not the tokens of the draft's vocabulary")
         return self.facts(folder, draft, target)
 
@@ -267,6 +258,14 @@ class Layout(ABC):
         if self.sglang is not None:
             commands.append(sglang_command(self.sglang, target_path, options.num_draft_tokens, draft=path))
         return commands
+
+
+def spelled(name: str, aliases: Mapping[str, str]) -> str:
+    """A name that begins with an alias, with what the alias stands for."""
+    for alias, meant in aliases.items():
+        if name.startswith(alias):
+            name = meant + name.removeprefix(alias)
+    return name
 
 
 def own_tensors(draft: Draft) -> dict[str, Tensor]:

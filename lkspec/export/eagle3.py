@@ -1,8 +1,7 @@
-"""EAGLE-3 in the plain layout of vLLM and SGLang (``LlamaForCausalLMEagle3``).
+"""EAGLE-3 in the plain layout of vLLM and SGLang (``LlamaForCausalLMEagle3``), and in that of the library speculators.
 
-Tensors carry our names but for the vocabulary: ``d2t`` [D] holds offsets (target id = draft id + d2t[draft id]),
-``t2d`` [V] membership; both are left out when the vocabulary is the target's. ``embed_tokens`` is left out, which means
-the target's. The config names no auxiliary layers: both engines then take the states that enter layers 2, n//2, n-3.
+In both, ``d2t`` [D] holds offsets (target id = draft id + d2t[draft id]), ``t2d`` [V] membership; a draft vocabulary
+that is the target's has neither.
 """
 
 from __future__ import annotations
@@ -18,15 +17,20 @@ from lkspec.export.base import Layout, WriteOptions
 from lkspec.export.serving import SAMPLES, ServeCommand
 from lkspec.export.tensor_folder import TensorFolder
 from lkspec.targets.base import Target, default_aux_layer_ids
-from lkspec.targets.dims import dims_from_words, llama_words
+from lkspec.targets.dims import different_words, dims_from_words, llama_words
 from lkspec.types import DecoderDims
 
 _NUM_AUX = 3
 _LAYERS = "eagle_aux_hidden_state_layer_ids"
+_VERSION = "0.9.0"  # of the library speculators, whose format this is
 
 
 class PlainEagle3(Layout):
-    """``model.safetensors`` without a prefix, Llama's words at the top of config.json."""
+    """Tensors by our names, Llama's words at the top of config.json.
+
+    ``embed_tokens`` is left out, which means the target's. The config names no auxiliary layers: both engines then take
+    the states that enter layers 2, n//2, n-3.
+    """
 
     format = "vllm"
     draft_class = Eagle3
@@ -127,19 +131,14 @@ class PlainEagle3(Layout):
             )
         return {
             "architectures": ["LlamaForCausalLMEagle3"],
-            **layer_words(draft.dims, draft.vocab.target_size),
+            **_layer_words(draft.dims, draft.vocab.target_size),
             "draft_vocab_size": draft.vocab.size,
         }
 
     def misdescribed(self, folder: TensorFolder, draft: Eagle3) -> list[str]:
-        layer, ours = self.layer_config(folder), draft.dims
+        layer = self.layer_config(folder)
         written = dims_from_words(layer, hidden_size=layer["hidden_size"])
-        words = zip(llama_words(ours).items(), llama_words(written).values(), strict=True)
-        wrong = [key for (key, value), theirs in words if key != "rope_parameters" and theirs != value]
-        same_rope = torch.allclose(written.inv_freq, ours.inv_freq, rtol=1e-6, atol=0)
-        if not same_rope or written.rope_attention_factor != ours.rope_attention_factor:
-            wrong.append("rope_parameters")
-        return super().misdescribed(folder, draft) + wrong
+        return super().misdescribed(folder, draft) + different_words(written, draft.dims)
 
     def facts(self, folder: TensorFolder, draft: Eagle3, target: Target) -> list[str]:
         ours, theirs, vocab = draft.dims, target.spec.dims, draft.vocab
@@ -149,9 +148,7 @@ class PlainEagle3(Layout):
         is_targets = ours.inv_freq.shape == theirs.inv_freq.shape and torch.allclose(ours.inv_freq, theirs.inv_freq)
         beyond = f"; the target has {target.max_positions:,}: vLLM clamps the draft's RoPE beyond its own"
         lacking = [i for i in target.special_ids if not bool(vocab.t2d[i])]
-        special = (
-            f"it lacks the target's special tokens {lacking[:5]}" if lacking else "all special tokens are among them"
-        )
+        special = f"it lacks the target's special tokens {lacking[:5]}"
         return [
             f"auxiliary states: {layers}"
             + ("; the config names them" if named else ", the default of vLLM and SGLang; the config names none"),
@@ -164,7 +161,7 @@ class PlainEagle3(Layout):
             f"vocabulary: all {target.vocab_size:,} tokens of the target, no d2t"
             if vocab.is_full
             else f"vocabulary: {vocab.size:,} of the target's {target.vocab_size:,} tokens; d2t and t2d name the same; "
-            + special,
+            + (special if lacking else "all special tokens are among them"),
         ]
 
     def serve_commands(self, draft: Eagle3, target_path: str, path: str, options: WriteOptions) -> list[ServeCommand]:
@@ -172,7 +169,59 @@ class PlainEagle3(Layout):
         return commands[:1] if draft.norm_before_residual else commands  # SGLang's layer does not know it
 
 
-def layer_words(dims: DecoderDims, vocab_size: int) -> dict[str, Any]:
+class SpeculatorsEagle3(PlainEagle3):
+    """The layout of the library speculators (``Eagle3Speculator``), which vLLM loads without flags.
+
+    The plain tensors with ``layers.0.`` in place of ``midlayer.`` and a copy of the target's ``embed_tokens``; the
+    config describes the layer inside ``transformer_layer_config`` and names auxiliary layers (input of layer i) and the
+    target.
+    """
+
+    format = "speculators"
+    loaded_by = "vLLM from 0.10; SGLang reads the plain layout (format=vllm) only"
+    sglang = None
+    aliases: ClassVar = {**Layout.aliases, "midlayer.": "layers.0."}
+
+    def recognises(self, folder: TensorFolder) -> bool:
+        return folder.config.get("speculators_model_type") == "eagle3"
+
+    def layer_config(self, folder: TensorFolder) -> dict[str, Any]:
+        layer: dict[str, Any] | None = folder.config.get("transformer_layer_config")
+        if layer is None:
+            raise ValueError(f"{folder.path}: config.json has no transformer_layer_config")
+        return layer
+
+    def stored(self, draft: Eagle3, config: Any) -> dict[str, Tensor]:
+        return super().stored(draft, config) | self.shared(draft, config)
+
+    def config(self, draft: Eagle3, target: Target, options: WriteOptions) -> dict[str, Any]:
+        method = {
+            "proposal_type": "greedy",  # the only one there is; what an engine does is its own option
+            "speculative_tokens": options.num_draft_tokens,
+            "verifier_accept_k": 1,
+            "accept_tolerance": 0.0,
+        }
+        return {
+            "architectures": ["Eagle3Speculator"],
+            "speculators_model_type": "eagle3",
+            "speculators_version": _VERSION,
+            "draft_vocab_size": draft.vocab.size,
+            "target_hidden_size": target.spec.dims.hidden_size,
+            _LAYERS: list(target.aux_layer_ids),
+            "transformer_layer_config": _layer_words(draft.dims, draft.vocab.target_size),
+            "speculators_config": {
+                "algorithm": "eagle3",
+                "default_proposal_method": "greedy",
+                "proposal_methods": [method],
+                "verifier": {
+                    "name_or_path": options.target_path(target),
+                    "architectures": target.model_config["architectures"],
+                },
+            },
+        }
+
+
+def _layer_words(dims: DecoderDims, vocab_size: int) -> dict[str, Any]:
     """The decoder layer as a Llama config, RoPE both in today's words and in those before transformers 5."""
     scaling = {key: value for key, value in dims.rope_parameters.items() if key != "rope_theta"}
     return {

@@ -31,7 +31,7 @@ class VllmMedusa(Layout):
     loaded_by = "vLLM 0.5 to 0.32, which draft by argmax (removed in 0.33); not SGLang"
     vllm: ClassVar = {"method": "medusa"}
     aliases: ClassVar = {**Layout.aliases, "medusa_heads.": ""}
-    ignored: ClassVar[tuple[str, ...]] = ("token_map",)
+    ignored = ("token_map",)
     arguments: ClassVar = {"num_depths": "num_heads", "num_layers": "num_hidden_layers", "bias": "medusa_fc_bias"}
     fixed: ClassVar = {"head_init": "random"}
     required = ("num_heads", "num_hidden_layers")
@@ -85,7 +85,6 @@ class OriginalMedusa(VllmMedusa):
 
     format = None
     aliases: ClassVar = {**Layout.aliases, "medusa_head.": ""}
-    ignored = ()
 
     def recognises(self, folder: TensorFolder) -> bool:
         return "medusa_num_heads" in folder.config
@@ -97,9 +96,6 @@ class OriginalMedusa(VllmMedusa):
         layers = {match[1] for name in names if (match := re.fullmatch(r"0\.(\d+)\.linear\.weight", name))}
         own = {"num_depths": len(heads), "num_layers": len(layers), "bias": "0.0.linear.bias" in names}
         return {**own, **self.fixed}
-
-    def row_ids(self, folder: TensorFolder, target_size: int) -> Int[Tensor, " D"]:
-        return torch.arange(target_size)
 
     def theirs(self, name: str, draft: Medusa, config: Mapping[str, Any]) -> str:
         name = re.sub(r"^blocks\.(\d+)\.layers\.(\d+)", r"\1.\2.linear", name)

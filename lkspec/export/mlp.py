@@ -26,7 +26,6 @@ class FmsMLP(Layout):
     draft_class = MLPSpeculator
     loaded_by = "fms-extras, TGI and vLLM 0.5 to 0.9; current vLLM and SGLang no longer serve it"
     aliases: ClassVar = {**Layout.aliases, "heads.": "head."}
-    prefix = "speculator."
     arguments: ClassVar = {
         "num_depths": "n_predict",
         "inner_dim": "inner_dim",
@@ -68,7 +67,7 @@ class FmsMLP(Layout):
         if not draft.emb:  # every depth reads the target's table
             table = draft.target_embedding.float() * draft.embedding_scale
             own |= {name: table for name in _each_depth(draft).values() if name.startswith("emb.")}
-        return {self.prefix + self.canonical(name): own[ours] for name, ours in _each_depth(draft).items()}
+        return {f"speculator.{self.canonical(name)}": own[ours] for name, ours in _each_depth(draft).items()}
 
     def config(self, draft: MLPSpeculator, target: Target, options: WriteOptions) -> dict[str, Any]:
         if not draft.vocab.is_full:

@@ -14,13 +14,21 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lkspec.drafts.base import Draft
 from lkspec.drafts.mtp import MTP
-from lkspec.export.base import Layout, Reader, WriteOptions, as_saved, own_tensors, write_checkpoint, write_json
+from lkspec.export.base import (
+    Layout,
+    Reader,
+    WriteOptions,
+    as_saved,
+    own_tensors,
+    spelled,
+    write_checkpoint,
+    write_json,
+)
 from lkspec.export.serving import SAMPLES, ServeCommand, sglang_command, vllm_command
 from lkspec.export.tensor_folder import DEFAULT_BLOCK, INDEX, TensorFolder, quantised
 from lkspec.targets.base import Target
@@ -36,15 +44,13 @@ class Names:
 
     Attributes:
         prefix: begins all names of the module; ``{L}`` is the target's number of layers.
-        names: our name of a tensor beside the decoder layer -> theirs, behind the prefix.
-        layer_prefix: begins theirs inside the decoder layer.
+        aliases: how our names begin -> how theirs do, behind the prefix.
         shared: our name of the target's embedding and head -> of their own copies, if they have them.
-        unit_offset: their norms of ``names`` multiply by 1 + weight.
+        unit_offset: their norms outside the decoder layer multiply by 1 + weight.
     """
 
     prefix: str
-    names: Mapping[str, str]
-    layer_prefix: str
+    aliases: Mapping[str, str]
     shared: Mapping[str, str]
     unit_offset: bool
 
@@ -52,25 +58,18 @@ class Names:
 _FAMILIES = {
     "deepseek_v3": Names(
         prefix="model.layers.{L}.",
-        names={
-            "enorm.weight": "enorm.weight",
-            "hnorm.weight": "hnorm.weight",
-            "eh_proj.weight": "eh_proj.weight",
-            "norm.weight": "shared_head.norm.weight",
-        },
-        layer_prefix="",
+        aliases={"norm.": "shared_head.norm.", _OUR_LAYER: ""},
         shared={"embedding": "embed_tokens.weight", "head_weight": "shared_head.head.weight"},
         unit_offset=False,
     ),
     "qwen3_next": Names(
         prefix="mtp.",
-        names={
-            "enorm.weight": "pre_fc_norm_embedding.weight",
-            "hnorm.weight": "pre_fc_norm_hidden.weight",
-            "eh_proj.weight": "fc.weight",
-            "norm.weight": "norm.weight",
+        aliases={
+            "enorm.": "pre_fc_norm_embedding.",
+            "hnorm.": "pre_fc_norm_hidden.",
+            "eh_proj.": "fc.",
+            _OUR_LAYER: "layers.0.",
         },
-        layer_prefix="layers.0.",
         shared={},
         unit_offset=True,
     ),
@@ -98,9 +97,7 @@ class NativeMTP(Layout):
         return reader
 
     def theirs(self, name: str, draft: MTP, config: Mapping[str, Any]) -> str:
-        family = _family(config)
-        inside = family.names.get(name) or family.layer_prefix + name.removeprefix(_OUR_LAYER)
-        return _prefix(config) + inside
+        return _prefix(config) + spelled(name, _family(config).aliases)
 
     def shared(self, draft: MTP, config: Mapping[str, Any]) -> dict[str, Tensor]:
         return {_prefix(config) + theirs: getattr(draft, ours) for ours, theirs in _family(config).shared.items()}
@@ -181,8 +178,8 @@ def _prefix(config: Mapping[str, Any]) -> str:
 
 def _moved(tensor: Tensor, name: str, config: Mapping[str, Any], by: float) -> Tensor:
     """A norm that the family stores as weight - 1, there or back."""
-    family = _family(config)
-    return tensor.float() + by if family.unit_offset and name in family.names and tensor.ndim == 1 else tensor
+    is_offset = _family(config).unit_offset and tensor.ndim == 1 and not name.startswith(_OUR_LAYER)
+    return tensor.float() + by if is_offset else tensor
 
 
 def _expert_names(name: str, num_experts: int) -> list[list[str]]:
@@ -209,8 +206,7 @@ def _stitch(
         if shard not in stale:
             shutil.copyfile(source.fetched(shard), folder / shard)
         elif kept := [name for name, where in weight_map.items() if where == shard]:
-            with safe_open(source.fetched(shard), framework="pt") as opened:
-                save_file({name: opened.get_tensor(name) for name in kept}, folder / shard, metadata={"format": "pt"})
+            save_file({name: source.raw(name) for name in kept}, folder / shard, metadata={"format": "pt"})
     save_file(module, folder / _MODULE_FILE, metadata={"format": "pt"})
     weight_map |= dict.fromkeys(module, _MODULE_FILE)
     total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -229,7 +225,7 @@ def _as_released(source: TensorFolder, tensors: Mapping[str, Tensor], dtype: tor
     quantization = source.config.get("quantization_config")
     if quantization is None:
         return saved
-    coded = [name for name in tensors if f"{name}_scale_inv" in source]
+    coded = [name for name in tensors if f"{name}_scale_inv" in source.files]
     if quantization.get("quant_method") != "fp8" or not coded:
         raise ValueError(
             f"{source.path}: target_copy=true into a checkpoint with quantization_config "

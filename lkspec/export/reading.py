@@ -13,11 +13,10 @@ from torch import Tensor
 
 from lkspec.drafts.base import Draft
 from lkspec.export.base import Layout
-from lkspec.export.eagle3 import PlainEagle3
+from lkspec.export.eagle3 import PlainEagle3, SpeculatorsEagle3
 from lkspec.export.medusa import OriginalMedusa, VllmMedusa
 from lkspec.export.mlp import FmsMLP
 from lkspec.export.mtp import NativeMTP
-from lkspec.export.speculators import SpeculatorsEagle3
 from lkspec.export.tensor_folder import TensorFolder
 from lkspec.targets.base import Target
 from lkspec.targets.dims import with_layer
@@ -69,7 +68,7 @@ class Pretrained:
 
     def vocab(self, target_size: int) -> DraftVocab:
         """Its draft vocabulary."""
-        return DraftVocab(self.layout.vocab_ids(self.folder, target_size), target_size)
+        return DraftVocab(self.layout.row_ids(self.folder, target_size).sort().values, target_size)
 
     def tensors(self, draft: Draft, target: Target) -> dict[str, Tensor]:
         """Its tensors by our names; ``vocab.ids`` is among them where they depend on the vocabulary.
@@ -85,7 +84,7 @@ class Pretrained:
         self.layout.check_target(self.folder, target)
         tensors = self.layout.tensors(self.folder, draft)
         if not self.layout.any_vocabulary:
-            tensors["vocab.ids"] = self.layout.vocab_ids(self.folder, target.vocab_size)
+            tensors["vocab.ids"] = self.vocab(target.vocab_size).ids
         return tensors
 
     def build(self, target: Target, **arguments: Any) -> Draft:

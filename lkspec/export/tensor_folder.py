@@ -89,9 +89,6 @@ class TensorFolder:
         """Where its files lie on this machine; for a hub id, those fetched so far."""
         return Path(self.fetched("config.json")).parent
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.files
-
     def get(self, name: str) -> Tensor:
         """One tensor; block-quantised fp8 weights come dequantised, in float32.
 
@@ -100,17 +97,18 @@ class TensorFolder:
         Raises:
             ValueError: no such tensor, or fp8 without its scales.
         """
-        tensor = self._read(name)
+        tensor = self.raw(name)
         if tensor.dtype not in _FP8:
             return tensor
         scales = f"{name}_scale_inv"
-        if scales not in self:
+        if scales not in self.files:
             raise ValueError(f"{self.path}: {name} is {tensor.dtype}, but its scales {scales} are not there")
         block = self.config.get("quantization_config", {}).get("weight_block_size", DEFAULT_BLOCK)
-        return dequantised(tensor, self._read(scales), tuple(block))
+        return dequantised(tensor, self.raw(scales), tuple(block))
 
-    def _read(self, name: str) -> Tensor:
-        if name not in self:
+    def raw(self, name: str) -> Tensor:
+        """One tensor as it is stored; errors as ``get``."""
+        if name not in self.files:
             raise ValueError(f"{self.path}: there is no tensor {name}")
         return self._open(self.fetched(self.files[name], holds=name))[1](name)
 
@@ -133,12 +131,8 @@ def dequantised(weight: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Te
 
 def quantised(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """A weight in fp8 (e4m3) with one scale a block, as ``dequantised`` reads it: scale_inv = max |block| / 448."""
-    largest = torch.stack(
-        [
-            torch.stack([part.abs().max() for part in rows.split(block[1], dim=1)])
-            for rows in weight.float().split(block[0])
-        ]
-    )
+    blocks = [rows.split(block[1], dim=1) for rows in weight.float().split(block[0])]
+    largest = torch.tensor([[float(part.abs().max()) for part in rows] for rows in blocks])
     scales = (largest / torch.finfo(torch.float8_e4m3fn).max).clamp_min(torch.finfo(torch.float32).tiny)
     return (weight.float() / _spread(scales, weight, block)).to(torch.float8_e4m3fn), scales
 

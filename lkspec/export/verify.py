@@ -40,8 +40,7 @@ class RealText:
     def answered_by(cls, target: Target, *, num_draft_tokens: int, prompt: BenchmarkPrompt | None = None) -> RealText:
         """Lets the target answer a prompt's first turn, by default mini_chat's first; one too long for it is cut."""
         prompt = prompt or Mini(suite="chat").prompts()[0]
-        messages = [{"role": "user", "content": prompt.turns[0]}]
-        ids = target.prompt_ids(messages)
+        ids = target.prompt_ids([{"role": "user", "content": prompt.turns[0]}])
         room = target.max_positions - _NUM_ANSWER_TOKENS - num_draft_tokens
         request = Request(prompt.id, 0, ids[:room], _NUM_ANSWER_TOKENS)
         alone = ChainDecoder(target, None, sampling=Sampling(temperature=0), num_draft_tokens=0, batch_size=1)

@@ -136,12 +136,12 @@ def write_export(
 
 
 def _q_check(text: RealText, found: float, exact: float | None, options: WriteOptions) -> str:
-    where = f"on prompt {text.prompt_id} of mini_chat with the target's answer, {len(text.anchors)} rounds of "
-    where += f"{options.num_draft_tokens} tokens"
-    precision = "as the target has them" if options.target_copy else dtype_name(options.dtype)
-    if exact is None:
-        return f"q, read back: at most {found:.1e} from the run's {where} (allowed {TOLERANCE:.0e})"
-    return (
-        f"q, read back in float32: at most {exact:.1e} from the run's {where} (allowed {TOLERANCE:.0e}); the weights "
-        f"as saved ({precision}) move q by at most {found:.1e}"
+    where = (
+        f"from the run's on prompt {text.prompt_id} of mini_chat with the target's answer, {len(text.anchors)} rounds"
     )
+    where += f" of {options.num_draft_tokens} tokens (allowed {TOLERANCE:.0e})"
+    if exact is None:
+        return f"q, read back: at most {found:.1e} {where}"
+    saved = "as the target has them" if options.target_copy else dtype_name(options.dtype)
+    rounding = f"the weights as saved ({saved}) move q by at most {found:.1e}"
+    return f"q, read back in float32: at most {exact:.1e} {where}; {rounding}"

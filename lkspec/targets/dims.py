@@ -61,6 +61,18 @@ def llama_words(dims: DecoderDims) -> dict[str, Any]:
     return {**words, "rope_parameters": dict(dims.rope_parameters)}
 
 
+def different_words(first: DecoderDims, second: DecoderDims) -> list[str]:
+    """The words of ``llama_words`` in which two layers differ: RoPE by its frequencies, however it is spelled."""
+    words, others = llama_words(first), llama_words(second)
+    same_rope = (
+        first.inv_freq.shape == second.inv_freq.shape
+        and torch.allclose(first.inv_freq, second.inv_freq, rtol=1e-6, atol=0)
+        and first.rope_attention_factor == second.rope_attention_factor
+    )
+    same = {**{word: value == others[word] for word, value in words.items()}, "rope_parameters": same_rope}
+    return [word for word in words if not same[word]]
+
+
 def dims_from_words(words: Mapping[str, Any], *, hidden_size: int) -> DecoderDims:
     """The dimensions that a Llama config with these words has; what they leave out is Llama's default.
 

@@ -18,12 +18,11 @@ from export_cases import (
 )
 from helpers.draft_cases import CASES, make_draft
 
-from lkspec.export.eagle3 import PlainEagle3
+from lkspec.export.eagle3 import PlainEagle3, SpeculatorsEagle3
 from lkspec.export.medusa import OriginalMedusa, VllmMedusa
 from lkspec.export.mlp import FmsMLP
 from lkspec.export.mtp import NativeMTP
 from lkspec.export.reading import Pretrained, fill, fingerprint
-from lkspec.export.speculators import SpeculatorsEagle3
 from lkspec.targets.tiny import TinyTarget
 from lkspec.vocab import DraftVocab
 

@@ -30,8 +30,8 @@ from transformers import LlamaConfig
 
 from lkspec.drafts.eagle3 import Eagle3
 from lkspec.export.base import WriteOptions
+from lkspec.export.eagle3 import SpeculatorsEagle3
 from lkspec.export.reading import Pretrained
-from lkspec.export.speculators import SpeculatorsEagle3
 from lkspec.targets.dims import decoder_dims
 from lkspec.targets.tiny import TinyTarget
 

@@ -53,7 +53,7 @@ def test_one_file(tmp_path: Path) -> None:
     tensors = {"a.x": drawn(2, 3), "a.y": drawn(4, seed=1).bfloat16(), "b": torch.arange(5)}
     folder = write_single(tmp_path, tensors, {"num_hidden_layers": 3})
     for name, tensor in tensors.items():
-        assert name in folder
+        assert name in folder.files
         assert folder.get(name).dtype == tensor.dtype
         assert torch.equal(folder.get(name), tensor)
     assert sorted(folder.files) == ["a.x", "a.y", "b"]
@@ -79,7 +79,7 @@ def test_an_index_goes_before_a_single_file(tmp_path: Path) -> None:
 
 def test_a_missing_tensor(tmp_path: Path) -> None:
     folder = write_single(tmp_path, {"a": drawn(2)})
-    assert "b" not in folder
+    assert "b" not in folder.files
     with pytest.raises(ValueError, match=r"there is no tensor b$"):
         folder.get("b")
 
