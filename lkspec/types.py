@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 
@@ -263,6 +263,10 @@ class FreshStates(_Movable):
     positions: Int[Tensor, "B S"]
     states: TargetStates
     lengths: Int[Tensor, " B"]
+
+    def at_anchor(self, values: Shaped[Tensor, "B S *rest"]) -> Shaped[Tensor, B * rest]:
+        """Of something of each slot, that of the coming round's anchor."""
+        return values[torch.arange(len(values), device=values.device), self.lengths - 1]
 
 
 @dataclass(frozen=True)

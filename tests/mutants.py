@@ -144,16 +144,16 @@ FAULTS = (
     ),
     Fault(
         "RoPE of a deeper depth stays at the anchor in training",
-        "drafts/eagle3.py",
-        "step(hidden, read, batch.positions + depth - 1, weights",
-        "step(hidden, read, batch.positions, weights",
+        "drafts/layers.py",
+        "mask, positions = replace(visible, ahead=depth - 1), batch.positions + depth - 1",
+        "mask, positions = replace(visible, ahead=depth - 1), batch.positions",
         ("unit/drafts/test_eagle3.py", "unit/drafts/test_contracts.py", "unit/drafts/test_drafts_decoding.py"),
     ),
     Fault(
         "a drafted token is one position too far in decoding",
-        "drafts/mtp.py",
-        "self._cached_step(cache, tokens[-1][:, None], hidden, anchors + depth - 1)",
-        "self._cached_step(cache, tokens[-1][:, None], hidden, anchors + depth)",
+        "drafts/layers.py",
+        "self.cached_step(cache, tokens[-1][:, None], hidden, anchors + depth - 1)",
+        "self.cached_step(cache, tokens[-1][:, None], hidden, anchors + depth)",
         ("unit/drafts/test_drafts_decoding.py",),
     ),
     Fault(
@@ -165,9 +165,9 @@ FAULTS = (
     ),
     Fault(
         "the draft's anchor is the last slot of the batch, not of its row",
-        "drafts/medusa.py",
-        "fresh.states.last[rows, fresh.lengths - 1]",
-        "fresh.states.last[rows, -1]",
+        "types.py",
+        "device=values.device), self.lengths - 1]",
+        "device=values.device), -1]",
         ("unit/drafts/test_drafts_decoding.py", "unit/drafts/test_medusa.py"),
     ),
     # --- types and vocab --------------------------------------------------------------------------------------------

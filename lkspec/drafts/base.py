@@ -61,6 +61,9 @@ class Draft(nn.Module):
         full_vocabulary: whether its usual draft vocabulary is the target's.
         reads_aux: whether it reads the target's auxiliary states.
         unroll_options: how ``unroll`` runs.
+
+    Raises:
+        ValueError: num_depths < 1.
     """
 
     unroll_options: UnrollOptions = UnrollOptions()
@@ -70,10 +73,13 @@ class Draft(nn.Module):
     paper: ClassVar[str | None] = None
     served_by: str = "research only: no engine is known to serve this draft"
 
-    vocab: DraftVocab
-    num_depths: int
-    max_depths: int | None
-    paper_eta: float
+    def __init__(
+        self, vocab: DraftVocab, num_depths: int, *, max_depths: int | None = None, paper_eta: float = 3.0
+    ) -> None:
+        super().__init__()
+        if num_depths < 1:
+            raise ValueError(f"draft.num_depths: expected at least 1, got {num_depths}")
+        self.vocab, self.num_depths, self.max_depths, self.paper_eta = vocab, num_depths, max_depths, paper_eta
 
     @abstractmethod
     def unroll(self, batch: Batch, states: TargetStates, num_depths: int | None = None) -> Float[Tensor, "K B T H"]:

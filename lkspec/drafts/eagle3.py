@@ -7,35 +7,35 @@ then this anchor's own depths 2..k; RoPE position t + k - 1. Parameters carry th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lkspec.drafts.base import Draft
 from lkspec.drafts.layers import (
     INIT_STD,
     GatedDown,
     GatedMLP,
     RMSNorm,
     Rope,
+    TrainingTimeTest,
     as_multiplied,
     init_head,
     linear,
     rotate,
-    visible_anchors,
 )
 from lkspec.nn.attention import CausalMask, Own, Unrolled, attend
 from lkspec.nn.kv_cache import PositionCache
-from lkspec.types import Batch, DecoderDims, DraftSampler, FreshStates, LinearHead, TargetSpec, TargetStates
+from lkspec.types import DecoderDims, LinearHead, TargetSpec, TargetStates
 from lkspec.vocab import DraftVocab
 
 # Parts of the model types that vLLM 0.20 accepts as targets of EAGLE-3.
 _VLLM_TARGETS = ("llama", "qwen", "minicpm", "gpt_oss", "hunyuan_vl", "hunyuan_v1_dense", "afmoe", "minimax")
 
 
-class Eagle3(Draft):
+class Eagle3(TrainingTimeTest):
     """The EAGLE-3 draft of a target.
 
     Args:
@@ -64,13 +64,7 @@ class Eagle3(Draft):
         norm_before_residual: bool = False,
         paper_eta: float = 3.0,
     ) -> None:
-        super().__init__()
-        if num_depths < 1:
-            raise ValueError(f"draft.num_depths: expected at least 1, got {num_depths}")
-        self.vocab = vocab
-        self.num_depths = num_depths
-        self.max_depths = None
-        self.paper_eta = paper_eta
+        super().__init__(vocab, num_depths, paper_eta=paper_eta)
         self.norm_before_residual = norm_before_residual
         self.served_by = _served_by(spec.model_type)
         dims = self.dims = spec.dims
@@ -85,66 +79,34 @@ class Eagle3(Draft):
             # confident nonsense are lost.
             nn.init.constant_(self.norm.weight, 1.0 / float(self.lm_head.weight.detach().norm(dim=1).mean()))
 
-    embedding: Tensor
-
-    def frozen_tensors(self) -> list[Tensor]:
-        return [self.embedding]
-
     def head(self, depth: int) -> LinearHead:
         return LinearHead(weight=self.lm_head.weight)
 
-    def unroll(self, batch: Batch, states: TargetStates, num_depths: int | None = None) -> Float[Tensor, "K B T H"]:
-        num_depths = num_depths or self.num_depths
-        hidden = self.fc(states.aux.to(self.fc.weight.dtype))
-        visible = visible_anchors(batch, self.unroll_options)
-        weights = self.midlayer.weights()
-        # Depth k reads x_{t+k}: what depends on the token alone is computed once, and moved.
-        of_tokens = nn.functional.pad(
-            self.midlayer.of_tokens(self._embed(batch.tokens), weights), (0, 0, 0, num_depths)
-        )
-        step = self.checkpointed(self._depth)
-        entries: Own = ()
-        outputs = []
-        for depth in range(1, num_depths + 1):
-            read = of_tokens[:, depth : depth + hidden.shape[1]]
-            hidden, output, entry = step(hidden, read, batch.positions + depth - 1, weights, visible, entries)
-            entries = (*entries, entry)
-            outputs.append(output)
-        return torch.stack(outputs)
+    def first(self, states: TargetStates) -> Float[Tensor, "B T H"]:
+        return self.fc(states.aux.to(self.fc.weight.dtype))
 
-    def _depth(
+    def of_text(self, tokens: Int[Tensor, "B T"], num_depths: int) -> Callable[[int], _Text]:
+        weights, length = self.midlayer.weights(), tokens.shape[1]
+        # What depends on the token alone is computed once, and moved.
+        of_tokens = nn.functional.pad(self.midlayer.of_tokens(self._embed(tokens), weights), (0, 0, 0, num_depths))
+        return lambda depth: (of_tokens[:, depth : depth + length], weights)
+
+    def depth(
         self,
         hidden: Float[Tensor, "B T H"],
-        of_tokens: Float[Tensor, "B T QKV"],
+        text: _Text,
         positions: Int[Tensor, "B T"],
-        weights: _Weights,
-        visible: CausalMask,
+        mask: CausalMask,
         entries: Own,
     ) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "B T H"], tuple[Tensor, Tensor]]:
-        """What the next depth reads, what the head does, and keys and values for later depths."""
-        unrolled = Unrolled(visible, entries)
-        hidden = self.compiled(self.midlayer.unrolled)(hidden, of_tokens, positions, weights, unrolled)
+        unrolled = Unrolled(mask, entries)
+        hidden = self.compiled(self.midlayer.unrolled)(hidden, *text, positions, unrolled)
         return hidden, self.norm(hidden), unrolled.entries[-1]
 
-    def observe(self, cache: PositionCache, fresh: FreshStates) -> Float[Tensor, "B S H"]:
-        hidden = self.fc(fresh.states.aux.to(self.fc.weight.dtype))
-        return self._cached_layer(cache, fresh.next_tokens, hidden, fresh.positions)
+    def before_head(self, hidden: Float[Tensor, "B H"]) -> Float[Tensor, "B H"]:
+        return self.norm(hidden)
 
-    def propose(
-        self, cache: PositionCache, fresh: FreshStates, sample: DraftSampler, num_draft_tokens: int
-    ) -> Int[Tensor, "B K"]:
-        rows = torch.arange(fresh.lengths.shape[0], device=fresh.lengths.device)
-        hidden = self.observe(cache, fresh)[rows, fresh.lengths - 1][:, None]
-        anchors = fresh.positions[rows, fresh.lengths - 1][:, None]
-        tokens: list[Tensor] = []
-        for depth in range(1, num_draft_tokens + 1):
-            if depth > 1:
-                hidden = self._cached_layer(cache, tokens[-1][:, None], hidden, anchors + depth - 1)
-            logits = self.head(depth).logits(self.norm(hidden[:, 0]))
-            tokens.append(self.vocab.to_target(sample(logits)))
-        return torch.stack(tokens, dim=1)
-
-    def _cached_layer(
+    def cached_step(
         self, cache: PositionCache, tokens: Int[Tensor, "B S"], hidden: Float[Tensor, "B S H"], positions: Tensor
     ) -> Float[Tensor, "B S H"]:
         queries, keys, values = self.midlayer.project(self._embed(tokens), hidden, positions)
@@ -169,6 +131,9 @@ class _Weights(NamedTuple):
     of_hidden: Float[Tensor, "QKV H"]
     gate_up: Float[Tensor, "FF H"]
     down: Float[Tensor, "H F"]
+
+
+_Text = tuple[Float[Tensor, "B T QKV"], _Weights]
 
 
 class _FusedLayer(nn.Module):
@@ -218,8 +183,8 @@ class _FusedLayer(nn.Module):
         self,
         hidden: Float[Tensor, "B T H"],
         of_tokens: Float[Tensor, "B T QKV"],
-        positions: Int[Tensor, "B T"],
         weights: _Weights,
+        positions: Int[Tensor, "B T"],
         unrolled: Unrolled,
     ) -> Float[Tensor, "B T H"]:
         """One depth: ``project``, attention and ``finish`` with fewer, larger products."""

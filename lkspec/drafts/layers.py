@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,9 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lkspec.drafts.base import UnrollOptions
-from lkspec.nn.attention import CausalMask
-from lkspec.types import Batch, TargetSpec
+from lkspec.drafts.base import Draft, UnrollOptions
+from lkspec.nn.attention import CausalMask, Own
+from lkspec.nn.kv_cache import PositionCache
+from lkspec.types import Batch, DraftSampler, FreshStates, TargetSpec, TargetStates
 from lkspec.vocab import DraftVocab
 
 INIT_STD = 0.02
@@ -160,3 +164,74 @@ def shifted(tokens: Int[Tensor, "B T"], offset: int) -> Int[Tensor, "B T"]:
     if offset < tokens.shape[1]:
         moved[:, :-offset] = tokens[:, offset:]
     return moved
+
+
+class TrainingTimeTest(Draft):
+    """A draft of one decoder layer that reads x_{t+k} and, at depth k >= 2, its own output of depth k - 1.
+
+    Keys: depth 1 of all anchors <= t, then this anchor's own depths 2..k; RoPE position t + k - 1.
+
+    Attributes:
+        embedding: the target's, shared and frozen.
+        window: how many positions a query sees; None for all.
+    """
+
+    embedding: Tensor
+    window: int | None = None
+
+    @abstractmethod
+    def first(self, states: TargetStates) -> Float[Tensor, "B T H"]:
+        """What depth 1 reads beside its token."""
+
+    @abstractmethod
+    def of_text(self, tokens: Int[Tensor, "B T"], num_depths: int) -> Callable[[int], Any]:
+        """What ``depth`` reads of x_{t+k}, from k."""
+
+    @abstractmethod
+    def depth(
+        self, hidden: Float[Tensor, "B T H"], text: Any, positions: Int[Tensor, "B T"], mask: CausalMask, entries: Own
+    ) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "B T H"], tuple[Tensor, Tensor]]:
+        """What the next depth reads, what the head does, and keys and values for later depths."""
+
+    @abstractmethod
+    def cached_step(
+        self, cache: PositionCache, tokens: Int[Tensor, "B S"], hidden: Float[Tensor, "B S H"], positions: Tensor
+    ) -> Float[Tensor, "B S H"]:
+        """What the next depth reads, in decoding."""
+
+    def before_head(self, hidden: Float[Tensor, "B H"]) -> Float[Tensor, "B H"]:
+        """What the head reads, from what the next depth does."""
+        return hidden
+
+    def unroll(self, batch: Batch, states: TargetStates, num_depths: int | None = None) -> Float[Tensor, "K B T H"]:
+        num_depths = num_depths or self.num_depths
+        hidden, of_text = self.first(states), self.of_text(batch.tokens, num_depths)
+        visible = visible_anchors(batch, self.unroll_options, self.window)
+        step = self.checkpointed(self.depth)
+        entries: Own = ()
+        outputs = []
+        for depth in range(1, num_depths + 1):
+            mask, positions = replace(visible, ahead=depth - 1), batch.positions + depth - 1
+            hidden, output, entry = step(hidden, of_text(depth), positions, mask, entries)
+            entries = (*entries, entry)
+            outputs.append(output)
+        return torch.stack(outputs)
+
+    def observe(self, cache: PositionCache, fresh: FreshStates) -> Float[Tensor, "B S H"]:
+        return self.cached_step(cache, fresh.next_tokens, self.first(fresh.states), fresh.positions)
+
+    def propose(
+        self, cache: PositionCache, fresh: FreshStates, sample: DraftSampler, num_draft_tokens: int
+    ) -> Int[Tensor, "B K"]:
+        hidden = fresh.at_anchor(self.observe(cache, fresh))[:, None]
+        anchors = fresh.at_anchor(fresh.positions)[:, None]
+        tokens: list[Tensor] = []
+        for depth in range(1, num_draft_tokens + 1):
+            if depth > 1:
+                hidden = self.cached_step(cache, tokens[-1][:, None], hidden, anchors + depth - 1)
+            logits = self.head(depth).logits(self.before_head(hidden[:, 0]))
+            tokens.append(self.vocab.to_target(sample(logits)))
+        return torch.stack(tokens, dim=1)
+
+    def frozen_tensors(self) -> list[Tensor]:
+        return [self.embedding]

@@ -47,13 +47,9 @@ class Medusa(Draft):
         head_init: str = "target",
         paper_eta: float = 10.0,
     ) -> None:
-        super().__init__()
-        for name, value in (("num_depths", num_depths), ("num_layers", num_layers)):
-            if value < 1:
-                raise ValueError(f"draft.{name}: expected at least 1, got {value}")
-        self.vocab = vocab
-        self.num_depths = self.max_depths = num_depths
-        self.paper_eta = paper_eta
+        super().__init__(vocab, num_depths, max_depths=num_depths, paper_eta=paper_eta)
+        if num_layers < 1:
+            raise ValueError(f"draft.num_layers: expected at least 1, got {num_layers}")
         self.num_layers, self.bias = num_layers, bias
         size = spec.dims.hidden_size
         self.blocks = nn.ModuleList(_Blocks(size, num_layers, bias=bias) for _ in range(num_depths))
@@ -73,8 +69,7 @@ class Medusa(Draft):
     def propose(
         self, cache: PositionCache, fresh: FreshStates, sample: DraftSampler, num_draft_tokens: int
     ) -> Int[Tensor, "B K"]:
-        rows = torch.arange(fresh.lengths.shape[0], device=fresh.lengths.device)
-        hidden = self._all_depths(fresh.states.last[rows, fresh.lengths - 1], num_draft_tokens)
+        hidden = self._all_depths(fresh.at_anchor(fresh.states.last), num_draft_tokens)
         drawn = [sample(self.head(depth).logits(hidden[depth - 1])) for depth in range(1, num_draft_tokens + 1)]
         return self.vocab.to_target(torch.stack(drawn, dim=1))
 

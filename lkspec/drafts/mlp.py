@@ -64,13 +64,10 @@ class MLPSpeculator(Draft):
         head_init: str = "random",
         paper_eta: float = 3.0,
     ) -> None:
-        super().__init__()
+        super().__init__(vocab, num_depths, max_depths=num_depths, paper_eta=paper_eta)
         hidden_size = spec.dims.hidden_size
         inner_dim = hidden_size if inner_dim is None else inner_dim
-        _check(num_depths, inner_dim, embeddings, hidden_size)
-        self.vocab = vocab
-        self.num_depths = self.max_depths = num_depths
-        self.paper_eta = paper_eta
+        _check(inner_dim, embeddings, hidden_size)
         self.served_by = (
             "fms-extras and TGI (mlp_speculator); current vLLM and SGLang no longer serve it"
             if vocab.is_full
@@ -122,9 +119,7 @@ class MLPSpeculator(Draft):
     def propose(
         self, cache: PositionCache, fresh: FreshStates, sample: DraftSampler, num_draft_tokens: int
     ) -> Int[Tensor, "B K"]:
-        rows = torch.arange(fresh.lengths.shape[0], device=fresh.lengths.device)
-        state = self.observe(cache, fresh)[rows, fresh.lengths - 1]
-        read = fresh.next_tokens[rows, fresh.lengths - 1]
+        state, read = fresh.at_anchor(self.observe(cache, fresh)), fresh.at_anchor(fresh.next_tokens)
         tokens: list[Tensor] = []
         for depth in range(1, num_draft_tokens + 1):
             state = self._next_state(state, read, depth)
@@ -167,10 +162,9 @@ def _of_depth(modules: nn.ModuleList, depth: int) -> nn.Module:
     return modules[min(depth, len(modules)) - 1]
 
 
-def _check(num_depths: int, inner_dim: int, embeddings: str, hidden_size: int) -> None:
-    for name, value in (("num_depths", num_depths), ("inner_dim", inner_dim)):
-        if value < 1:
-            raise ValueError(f"draft.{name}: expected at least 1, got {value}")
+def _check(inner_dim: int, embeddings: str, hidden_size: int) -> None:
+    if inner_dim < 1:
+        raise ValueError(f"draft.inner_dim: expected at least 1, got {inner_dim}")
     if embeddings not in _EMBEDDINGS:
         raise ValueError(f"draft.embeddings: expected one of {', '.join(_EMBEDDINGS)}, got {embeddings!r}")
     if embeddings == "target" and inner_dim != hidden_size:

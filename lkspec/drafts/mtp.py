@@ -10,24 +10,24 @@ anchor's own depths 2..k; RoPE position t + k - 1. The embedding E and the head 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lkspec.drafts.base import Draft
-from lkspec.drafts.layers import RMSNorm, linear, shifted, visible_anchors
+from lkspec.drafts.layers import RMSNorm, TrainingTimeTest, linear, shifted
 from lkspec.nn.attention import CausalMask, Own, Unrolled
 from lkspec.nn.kv_cache import PositionCache
-from lkspec.types import Batch, DraftSampler, FreshStates, LinearHead, TargetSpec, TargetStates
+from lkspec.types import LinearHead, TargetSpec, TargetStates
 from lkspec.vocab import DraftVocab
 
 # Families whose checkpoints carry such a module; engines serve it.
 _WITH_MODULE = ("deepseek_v3", "qwen3_next")
 
 
-class MTP(Draft):
+class MTP(TrainingTimeTest):
     """The MTP module of a target.
 
     A target whose checkpoints carry such a module (DeepSeek-V3, Qwen3-Next) gives its weights (``draft=mtp_native``);
@@ -47,7 +47,6 @@ class MTP(Draft):
     full_vocabulary = True
     title = "MTP"
     paper = "DeepSeek-AI 2024, arXiv:2412.19437"
-    embedding: Tensor
     head_weight: Tensor
     head_bias: Tensor | None
 
@@ -60,16 +59,10 @@ class MTP(Draft):
         layer_init: str = "random",
         paper_eta: float = 3.0,
     ) -> None:
-        super().__init__()
-        if num_depths < 1:
-            raise ValueError(f"draft.num_depths: expected at least 1, got {num_depths}")
+        super().__init__(vocab, num_depths, paper_eta=paper_eta)
         if layer_init not in ("target", "random"):
             raise ValueError(f"draft.layer_init: expected 'target' or 'random', got {layer_init!r}")
         size, eps = spec.dims.hidden_size, spec.dims.rms_norm_eps
-        self.vocab = vocab
-        self.num_depths = num_depths
-        self.max_depths = None
-        self.paper_eta = paper_eta
         self.served_by = (
             "vLLM and SGLang, inside the target's own checkpoint"
             if spec.model_type in _WITH_MODULE
@@ -105,51 +98,25 @@ class MTP(Draft):
     def head(self, depth: int) -> LinearHead:
         return LinearHead(self.head_weight, self.head_bias, self._head_scale, self._head_soft_cap)
 
-    def unroll(self, batch: Batch, states: TargetStates, num_depths: int | None = None) -> Float[Tensor, "K B T H"]:
-        hidden = states.last.to(self.eh_proj.weight.dtype)
-        visible = visible_anchors(batch, self.unroll_options, self.window)
-        step = self.checkpointed(self._depth)
-        entries: Own = ()
-        outputs = []
-        for depth in range(1, (num_depths or self.num_depths) + 1):
-            tokens, positions = shifted(batch.tokens, depth), batch.positions + depth - 1
-            hidden, entry = step(hidden, tokens, positions, replace(visible, ahead=depth - 1), entries)
-            entries = (*entries, entry)
-            outputs.append(hidden)
-        return torch.stack(outputs)
+    def first(self, states: TargetStates) -> Float[Tensor, "B T H"]:
+        return states.last.to(self.eh_proj.weight.dtype)
 
-    def _depth(
+    def of_text(self, tokens: Int[Tensor, "B T"], num_depths: int) -> Callable[[int], Int[Tensor, "B T"]]:
+        return partial(shifted, tokens)
+
+    def depth(
         self,
         hidden: Float[Tensor, "B T H"],
-        tokens: Int[Tensor, "B T"],
+        text: Int[Tensor, "B T"],
         positions: Int[Tensor, "B T"],
-        visible: CausalMask,
+        mask: CausalMask,
         entries: Own,
-    ) -> tuple[Float[Tensor, "B T H"], tuple[Tensor, Tensor]]:
-        """What the next depth and the head read, and keys and values for later depths."""
-        unrolled = Unrolled(visible, entries)
-        hidden = self.compiled(self._step)(tokens, hidden, positions, unrolled, unrolled)
-        return hidden, unrolled.entries[-1]
+    ) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "B T H"], tuple[Tensor, Tensor]]:
+        unrolled = Unrolled(mask, entries)
+        hidden = self.compiled(self._step)(text, hidden, positions, unrolled, unrolled)
+        return hidden, hidden, unrolled.entries[-1]
 
-    def observe(self, cache: PositionCache, fresh: FreshStates) -> Float[Tensor, "B S H"]:
-        return self._cached_step(
-            cache, fresh.next_tokens, fresh.states.last.to(self.eh_proj.weight.dtype), fresh.positions
-        )
-
-    def propose(
-        self, cache: PositionCache, fresh: FreshStates, sample: DraftSampler, num_draft_tokens: int
-    ) -> Int[Tensor, "B K"]:
-        rows = torch.arange(fresh.lengths.shape[0], device=fresh.lengths.device)
-        hidden = self.observe(cache, fresh)[rows, fresh.lengths - 1][:, None]
-        anchors = fresh.positions[rows, fresh.lengths - 1][:, None]
-        tokens: list[Tensor] = []
-        for depth in range(1, num_draft_tokens + 1):
-            if depth > 1:
-                hidden = self._cached_step(cache, tokens[-1][:, None], hidden, anchors + depth - 1)
-            tokens.append(self.vocab.to_target(sample(self.head(depth).logits(hidden[:, 0]))))
-        return torch.stack(tokens, dim=1)
-
-    def _cached_step(
+    def cached_step(
         self, cache: PositionCache, tokens: Int[Tensor, "B S"], hidden: Float[Tensor, "B S H"], positions: Tensor
     ) -> Float[Tensor, "B S H"]:
         cache.at(positions)

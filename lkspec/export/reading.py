@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,8 @@ class Pretrained:
         spec = with_layer(target.spec, settings.pop("layer", None))
         del settings["_target_"]
         self.layout.check_target(self.folder, target)
-        draft = self.layout.draft_class(spec, self.vocab(target.vocab_size), **settings).to(target.device)
+        made: Callable[..., Draft] = self.layout.draft_class
+        draft = made(spec, self.vocab(target.vocab_size), **settings).to(target.device)
         fill(draft, self.tensors(draft, target), self.folder.path)
         return draft.eval()
 

@@ -11,8 +11,7 @@ from lkspec.types import LinearHead
 
 class OneHead(Draft):
     def __init__(self, spec, vocab, *, num_depths=2, paper_eta=3.0):
-        super().__init__()
-        self.vocab, self.num_depths, self.max_depths, self.paper_eta = vocab, num_depths, None, paper_eta
+        super().__init__(vocab, num_depths, paper_eta=paper_eta)
         self.lm_head = nn.Linear(spec.dims.hidden_size, vocab.size, bias=False)
 
     def head(self, depth):
@@ -25,6 +24,5 @@ class OneHead(Draft):
         return fresh.states.last
 
     def propose(self, cache, fresh, sample, num_draft_tokens):
-        rows = torch.arange(len(fresh.lengths))
-        logits = self.lm_head(fresh.states.last[rows, fresh.lengths - 1])
+        logits = self.lm_head(fresh.at_anchor(fresh.states.last))
         return torch.stack([self.vocab.to_target(sample(logits)) for _ in range(num_draft_tokens)], dim=1)

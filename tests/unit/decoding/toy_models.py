@@ -67,8 +67,8 @@ class ToyDraft(Draft):
     """
 
     def __init__(self, table: Tensor, vocab: DraftVocab, *, checked_below: int = 10_000) -> None:
-        super().__init__()
-        self.table, self.vocab, self.num_depths, self.max_depths = table, vocab, 1, None
+        super().__init__(vocab, 1)
+        self.table = table
         self.checked_below = checked_below  # positions at the context limit are clamped: idle rows there hold nonsense
 
     def observe(self, cache: PositionCache, fresh: FreshStates) -> Tensor:
@@ -101,9 +101,8 @@ class ScriptedDraft(Draft):
     """
 
     def __init__(self, texts: Sequence[Sequence[int]], vocab_size: int, is_right) -> None:
-        super().__init__()
+        super().__init__(DraftVocab.full(vocab_size), 1)
         self.texts = [tuple(text) for text in texts]
-        self.vocab, self.num_depths, self.max_depths = DraftVocab.full(vocab_size), 1, None
         self.is_right = is_right
 
     def observe(self, cache: PositionCache, fresh: FreshStates) -> Tensor:

@@ -61,8 +61,8 @@ class RecordingDraft(Draft):
     """
 
     def __init__(self, draft: Draft, force: Callable[[tuple[int, ...]], int] | None = None) -> None:
-        super().__init__()
-        self.draft, self.force, self.vocab, self.max_depths = draft, force, draft.vocab, draft.max_depths
+        super().__init__(draft.vocab, draft.num_depths, max_depths=draft.max_depths)
+        self.draft, self.force = draft, force
         self.records: list[Recorded] = []
 
     def new_cache(self, num_rows: int) -> TextCache:
