@@ -167,7 +167,7 @@ class TargetStates(_Movable):
         aux, last, *summary = tensors
         return cls(aux=aux, last=last, summary=HeadSummary(*summary) if summary else None)
 
-    def at(self, *index: int | slice) -> TargetStates:
+    def at(self, *index: int | slice | Tensor) -> TargetStates:
         """Those of some slots."""
         return self._of(tensor[index] for tensor in self.tensors())
 
@@ -263,6 +263,11 @@ class FreshStates(_Movable):
     positions: Int[Tensor, "B S"]
     states: TargetStates
     lengths: Int[Tensor, " B"]
+
+    def at(self, rows: slice | Tensor, slots: slice = slice(None)) -> FreshStates:
+        """Those of some rows and slots."""
+        tokens, positions = self.next_tokens[rows, slots], self.positions[rows, slots]
+        return FreshStates(tokens, positions, self.states.at(rows, slots), self.lengths[rows])
 
     def at_anchor(self, values: Shaped[Tensor, "B S *rest"]) -> Shaped[Tensor, B * rest]:
         """Of something of each slot, that of the coming round's anchor."""

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lkspec.decoding.rejection import Verdict, verify_greedy, verify_round
-from lkspec.decoding.rows import Row
+from lkspec.decoding.rejection import Verification, verify_greedy, verify_round
+from lkspec.decoding.rows import Continuation
 from lkspec.decoding.sampling import Sampling, invert_cdf
 from lkspec.drafts.base import Draft
 from lkspec.nn.kv_cache import PositionCache
@@ -40,7 +40,7 @@ class DecodingBatch:
     def __init__(
         self, target: Target, draft: Draft | None, sampling: Sampling, num_draft_tokens: int, num_rows: int
     ) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[Continuation] = []
         self._target, self._draft, self._sampling = target, draft, sampling
         self._num_rows, self._num_depths = num_rows, num_draft_tokens
         self._vocab = draft.vocab if draft is not None else DraftVocab.full(target.vocab_size)
@@ -53,7 +53,7 @@ class DecodingBatch:
         """Slots of rows whose text has ended, in ascending order."""
         return [slot for slot, row in enumerate(self.rows) if row.finish_reason is not None]
 
-    def fill(self, slots: list[int], rows: list[Row]) -> None:
+    def fill(self, slots: list[int], rows: list[Continuation]) -> None:
         """Puts new rows into slots, in ascending order, and prefills them in groups of similar length."""
         for slot, row in zip(slots, rows, strict=True):
             self.rows[slot : slot + 1] = [row]
@@ -89,7 +89,7 @@ class DecodingBatch:
         for row, token in zip(rows, first.tolist(), strict=True):
             row.begin(token)
 
-    def _first_tokens(self, last: Float[Tensor, "R H"], rows: list[Row]) -> Int[Tensor, " R"]:
+    def _first_tokens(self, last: Float[Tensor, "R H"], rows: list[Continuation]) -> Int[Tensor, " R"]:
         logits = self._target.head.logits(last)
         uniforms = self._uniforms(rows, 1)  # greedy too: a row's numbers do not depend on the temperature
         if self._sampling.is_greedy:
@@ -104,41 +104,31 @@ class DecodingBatch:
             tokens, positions, lengths = (read.lengths.new_zeros(size) for size in (shape, shape, shape[:1]))
             self._fresh = FreshStates(tokens, positions, TargetStates(aux=aux, last=last), lengths)
         fresh = self._fresh
-        anchors = torch.arange(len(slots), device=slots.device), read.lengths - 1
-        fresh.next_tokens[slots, 0] = read.next_tokens[anchors]
-        fresh.positions[slots] = _from(read.positions[anchors], self._num_depths + 1)
-        fresh.states.aux[slots, 0] = read.states.aux[anchors]
-        fresh.states.last[slots, 0] = read.states.last[anchors]
+        fresh.next_tokens[slots, 0] = read.at_anchor(read.next_tokens)
+        fresh.positions[slots] = _from(read.at_anchor(read.positions), self._num_depths + 1)
+        fresh.states.aux[slots, 0] = read.at_anchor(read.states.aux)
+        fresh.states.last[slots, 0] = read.at_anchor(read.states.last)
         fresh.lengths[slots] = 1
 
     def round(self) -> None:
         """Drafts K tokens a row, verifies them and appends what was accepted and the bonus token."""
-        num_depths, fresh = self._num_depths, self._unseen()
+        assert self._fresh is not None
+        # Without the slots that no row needs. Those beyond a row's length hold rejected tokens, right behind the real
+        # ones: depths drafted next overwrite their entries before any query sees them.
+        num_depths, fresh = self._num_depths, self._fresh.at(slice(None), slice(int(self._fresh.lengths.max())))
         uniforms = self._uniforms(self.rows, 2 * num_depths + 1)
         proposal = self._propose(fresh, uniforms[:, :num_depths])
-        ends = fresh.lengths[:, None] - 1
-        tokens = torch.cat([fresh.next_tokens.gather(1, ends), proposal.tokens], dim=1)
-        positions = _from(fresh.positions.gather(1, ends)[:, 0] + 1, num_depths + 1)
+        tokens = torch.cat([fresh.at_anchor(fresh.next_tokens)[:, None], proposal.tokens], dim=1)
+        positions = _from(fresh.at_anchor(fresh.positions) + 1, num_depths + 1)
         # Past the context limit there is nothing to verify; such rows end in this round whatever is drafted.
         inside = positions.clamp(max=self._target.max_positions - 1)
         states = self._target.step(tokens, inside, self._target_cache)
-        verdict = self._verify(proposal, self._target.head.logits(states.last), uniforms[:, num_depths:])
-        self._advance(tokens, positions, states, verdict)
-
-    def _unseen(self) -> FreshStates:
-        """Without the slots that no row needs.
-
-        Slots beyond a row's length hold rejected tokens, right behind the real ones: depths drafted next overwrite
-        their entries before any query sees them.
-        """
-        assert self._fresh is not None
-        fresh, width = self._fresh, int(self._fresh.lengths.max())
-        return FreshStates(
-            next_tokens=fresh.next_tokens[:, :width],
-            positions=fresh.positions[:, :width],
-            states=TargetStates(aux=fresh.states.aux[:, :width], last=fresh.states.last[:, :width]),
-            lengths=fresh.lengths,
-        )
+        logits = self._target.head.logits(states.last)
+        if self._sampling.is_greedy:
+            verified = verify_greedy(proposal.tokens, logits.argmax(-1))
+        else:
+            verified = verify_round(proposal, logits, uniforms[:, num_depths:], self._vocab, self._sampling)
+        self._advance(tokens, positions, states, verified)
 
     def _propose(self, fresh: FreshStates, uniforms: Float[Tensor, "B K"]) -> Proposal:
         """K tokens a row and, unless drafting is greedy, the q that they were sampled from."""
@@ -156,19 +146,14 @@ class DecodingBatch:
         nothing = uniforms.new_zeros(len(uniforms), 0, self._vocab.size)
         return Proposal(tokens=tokens, probs=torch.stack(probs, dim=1) if probs else nothing)
 
-    def _verify(self, proposal: Proposal, logits: Float[Tensor, "B K1 V"], uniforms: Float[Tensor, "B K1"]) -> Verdict:
-        if self._sampling.is_greedy:
-            return verify_greedy(proposal.tokens, logits.argmax(-1))
-        return verify_round(proposal, logits, uniforms, self._vocab, self._sampling)
-
-    def _advance(self, tokens: Tensor, positions: Tensor, states: TargetStates, verdict: Verdict) -> None:
-        accepted, bonus = verdict.num_accepted[:, None], verdict.bonus[:, None]
+    def _advance(self, tokens: Tensor, positions: Tensor, states: TargetStates, verified: Verification) -> None:
+        accepted, bonus = verified.num_accepted[:, None], verified.bonus[:, None]
         following = tokens.roll(-1, dims=1).scatter(1, accepted, bonus)
-        self._fresh = FreshStates(following, positions, states, lengths=verdict.num_accepted + 1)
-        for row, written, count in zip(self.rows, following.tolist(), verdict.num_accepted.tolist(), strict=True):
+        self._fresh = FreshStates(following, positions, states, lengths=verified.num_accepted + 1)
+        for row, written, count in zip(self.rows, following.tolist(), verified.num_accepted.tolist(), strict=True):
             row.add_round(written[:count], written[count])
 
-    def _uniforms(self, rows: list[Row], count: int) -> Float[Tensor, "B count"]:
+    def _uniforms(self, rows: list[Continuation], count: int) -> Float[Tensor, "B count"]:
         """As many numbers a row and round whatever is accepted, so that runs can be paired."""
         drawn = [torch.rand(count, generator=row.generator, dtype=torch.float64) for row in rows]
         return torch.stack(drawn).to(self._target.device)
@@ -184,16 +169,10 @@ class DecodingBatch:
         self.rows = [self.rows[slot] for slot in kept]
         self._target_cache.keep(kept)
         self._draft_cache.keep(kept)
-        fresh, index = self._fresh, torch.tensor(kept, dtype=torch.int64, device=self._target.device)
-        self._fresh = FreshStates(
-            next_tokens=fresh.next_tokens[index],
-            positions=fresh.positions[index],
-            states=TargetStates(aux=fresh.states.aux[index], last=fresh.states.last[index]),
-            lengths=fresh.lengths[index],
-        )
+        self._fresh = self._fresh.at(torch.tensor(kept, dtype=torch.int64, device=self._target.device))
 
 
-def _groups(slots: list[int], rows: list[Row], limits: _GroupLimits) -> list[list[int]]:
+def _groups(slots: list[int], rows: list[Continuation], limits: _GroupLimits) -> list[list[int]]:
     """The slots, longest prompt first, in groups that are each padded to the first one's length."""
     lengths = {slot: len(row.request.tokens) for slot, row in zip(slots, rows, strict=True)}
     groups: list[list[int]] = []

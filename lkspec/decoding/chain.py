@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from lkspec.decoding.batch import DecodingBatch
-from lkspec.decoding.rows import BONUS, PREFILL, Completion, Request, Row
+from lkspec.decoding.rows import BONUS, PREFILL, Completion, Continuation, Request
 from lkspec.decoding.sampling import Sampling, row_generator
 from lkspec.drafts.base import Draft
 from lkspec.targets.base import Target
@@ -73,7 +73,7 @@ class ChainDecoder:
             free = batch.finished
             yield from (batch.rows[slot].completion(self.num_draft_tokens) for slot in free)
 
-    def _new_row(self, request: Request) -> Row:
+    def _new_row(self, request: Request) -> Continuation:
         room = self.target.max_positions - len(request.tokens)
         if not request.tokens or room < 1 or request.max_new_tokens < 1:
             raise ValueError(
@@ -82,4 +82,4 @@ class ChainDecoder:
                 f"{self.target.max_positions}; shorten the prompt or lower max_new_tokens"
             )
         generator = row_generator(self.seed, request.prompt_id, request.turn)
-        return Row(request, generator, limit=min(request.max_new_tokens, room), eos_ids=self._eos)
+        return Continuation(request, generator, limit=min(request.max_new_tokens, room), eos_ids=self._eos)

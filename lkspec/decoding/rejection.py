@@ -14,7 +14,7 @@ from lkspec.vocab import DraftVocab
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verification:
     """What one round decided.
 
     Attributes:
@@ -26,7 +26,7 @@ class Verdict:
     bonus: Int[Tensor, " B"]
 
 
-def verify_greedy(drafted: Int[Tensor, "B K"], chosen: Int[Tensor, "B K1"]) -> Verdict:
+def verify_greedy(drafted: Int[Tensor, "B K"], chosen: Int[Tensor, "B K1"]) -> Verification:
     """Accepts the drafted tokens that the target would have chosen itself.
 
     Args:
@@ -34,7 +34,7 @@ def verify_greedy(drafted: Int[Tensor, "B K"], chosen: Int[Tensor, "B K1"]) -> V
         chosen: the target's argmax after 0..K of them.
     """
     num_accepted = (drafted == chosen[:, :-1]).int().cumprod(1).sum(1)
-    return Verdict(num_accepted=num_accepted, bonus=chosen.gather(1, num_accepted[:, None])[:, 0])
+    return Verification(num_accepted=num_accepted, bonus=chosen.gather(1, num_accepted[:, None])[:, 0])
 
 
 def verify_round(
@@ -43,7 +43,7 @@ def verify_round(
     uniforms: Float[Tensor, "B K1"],
     vocab: DraftVocab,
     sampling: Sampling,
-) -> Verdict:
+) -> Verification:
     """Accepts drafted token x at depth k while u_k < p_k(x) / q_k(x), then samples one more token.
 
     Depth by depth, with the rows that are still accepted: p is made only where it is looked at, which is at
@@ -72,7 +72,7 @@ def verify_round(
         if len(rows) == 0:
             break
     bonus[rows] = invert_cdf(sampling.target_probs(logits[rows, num_depths]), uniforms[rows, num_depths])
-    return Verdict(num_accepted=num_accepted, bonus=bonus)
+    return Verification(num_accepted=num_accepted, bonus=bonus)
 
 
 def _residual(p: Float[Tensor, "B V"], q: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:

@@ -1,4 +1,4 @@
-"""What decoding is asked for, what it answers, and the text of one row while it grows."""
+"""What decoding is asked for, what it answers, and one row's text while it grows."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Completion:
 
 
 @dataclass
-class Row:
+class Continuation:
     """A text in the making.
 
     Attributes:

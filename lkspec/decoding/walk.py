@@ -29,11 +29,6 @@ class WalkCount:
     accepted: float
     accepted_at_least: tuple[float, ...]
 
-    @property
-    def acceptance_length(self) -> float:
-        """tau = 1 + accepted / rounds."""
-        return 1.0 + self.accepted / self.rounds if self.rounds > 0 else float("nan")
-
 
 @dataclass(frozen=True)
 class TurnWalks:
@@ -50,11 +45,6 @@ class TurnWalks:
     begins: Int[np.ndarray, " N"]
     rounds: Float[np.ndarray, "N K"]
     at_least: Float[np.ndarray, "N K K"]
-
-    @property
-    def accepted(self) -> Float[np.ndarray, "N K"]:
-        """Expected accepted tokens: sum_a P(accepted >= a)."""
-        return self.at_least.sum(-1)
 
     def count(self, turn: int, depth: int) -> WalkCount:
         """The walk along one turn with rounds of k = ``depth`` tokens."""

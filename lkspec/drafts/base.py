@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lkspec.nn.attention import check_kernel
+from lkspec.nn.flash import check_kernel
 from lkspec.nn.kv_cache import PositionCache
 from lkspec.types import Batch, DraftSampler, FreshStates, LinearHead, TargetStates, check_sharpness
 from lkspec.vocab import DraftVocab
@@ -27,7 +27,7 @@ class UnrollOptions:
     Attributes:
         compile: all but the attention goes through torch.compile (minutes at first; on CPUs it needs a C++ compiler).
         checkpoint: only each depth's results are kept, and backward computes the depth again: less memory, more time.
-        attention: kernel of the attention over anchors, see ``lkspec.nn.attention.check_kernel``.
+        attention: kernel of the attention over anchors, see ``lkspec.nn.flash.check_kernel``.
 
     Raises:
         ValueError: an attention kernel that is unknown or not installed; compile or checkpoint that is not a bool.

@@ -13,11 +13,10 @@ products of [queries] by hand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,7 +24,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-KERNELS = ("auto", "blocks", "flash_attn")
+from lkspec.nn.flash import Flash, flash_kernel
+
 _BLOCK = 256  # queries whose scores are alive together where no kernel applies
 
 Own = tuple[tuple[Float[Tensor, "B M S E"], Float[Tensor, "B M S F"]], ...]
@@ -40,7 +40,7 @@ class CausalMask:
         spans: first and last + 1 slot of each document, row by row; make a mask by ``of``, which finds them.
         window: how many positions a query sees; None for all.
         ahead: how many positions a query stands behind its own slot (depth - 1 of the training-time test).
-        kernel: which kernel computes the attention: ``auto``, ``blocks`` or ``flash_attn``, see ``check_kernel``.
+        kernel: which kernel computes the attention: ``auto``, ``blocks`` or ``flash_attn``, see ``flash.check_kernel``.
     """
 
     documents: Int[Tensor, "B S"]
@@ -142,7 +142,7 @@ def attend(
     (sinks included), otherwise query block by query block, recomputed in backward.
     """
     if isinstance(mask, CausalMask):
-        flash = _flash(mask.kernel, queries, keys, values)
+        flash = flash_kernel(mask.kernel, queries, keys, values)
         if flash is not None and soft_cap is None and mask.window is None:
             scaling = queries.shape[-1] ** -0.5 if scaling is None else scaling
             entries = tuple(tensor for entry in own for tensor in entry)
@@ -202,80 +202,6 @@ def _grouped(heads: Float[Tensor, "B N S E"], keys: Float[Tensor, "B M L E"]) ->
     return heads.unflatten(1, (keys.shape[1], -1))
 
 
-class _Flash(NamedTuple):
-    """A flash kernel of causal grouped-query attention; heads are [B, N, S, E], log-sum-exps [B, N, S].
-
-    Attributes:
-        forward: (queries, keys, values, scaling) -> result, log-sum-exp.
-        backward: (gradient, queries, keys, values, result, log-sum-exp, scaling) -> their gradients.
-    """
-
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-
-
-def check_kernel(kernel: str) -> None:
-    """Refuses what ``CausalMask.kernel`` cannot be.
-
-    ``auto`` takes torch's flash kernel on CPUs and ``blocks`` elsewhere, ``blocks`` recomputes the definition, and
-    ``flash_attn`` is the package of that name.
-
-    Raises:
-        ValueError: an unknown name, or flash_attn where the package is not installed.
-    """
-    if kernel not in KERNELS:
-        raise ValueError(f"attention kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
-    if kernel == "flash_attn" and find_spec("flash_attn") is None:
-        raise ValueError(
-            "attention kernel flash_attn: that package is not installed; pip install flash-attn or use auto"
-        )
-
-
-def _flash(kernel: str, queries: Tensor, keys: Tensor, values: Tensor) -> _Flash | None:
-    """The kernel for these tensors; None where there is none."""
-    same = queries.dtype == keys.dtype == values.dtype and keys.shape == values.shape
-    if kernel == "flash_attn":
-        if not (same and queries.dtype in (torch.bfloat16, torch.float16)):
-            raise ValueError(
-                "attention kernel flash_attn: expected half precision and keys as wide as values, got "
-                f"{queries.dtype}, {keys.shape[-1]} and {values.shape[-1]}; use trainer.precision=bf16-mixed, or "
-                "unroll.attention=auto"
-            )
-        return _Flash(_package_forward, _package_backward)
-    if kernel == "auto" and same and queries.device.type == "cpu":
-        return _Flash(_cpu_forward, _cpu_backward)
-    return None
-
-
-def _cpu_forward(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(queries, keys, values, 0.0, True, scale=scaling)
-
-
-def _cpu_backward(*parts: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, scaling = parts
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, 0.0, True, scale=scaling)
-
-
-def _package_forward(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    from flash_attn.flash_attn_interface import _flash_attn_forward  # type: ignore[import-not-found]
-
-    heads = (tensor.transpose(1, 2) for tensor in (queries, keys, values))
-    mixed, log_sum, *_ = _flash_attn_forward(*heads, 0.0, scaling, True, -1, -1, 0.0, None, False)
-    return mixed.transpose(1, 2), log_sum
-
-
-def _package_backward(*parts: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from flash_attn.flash_attn_interface import _flash_attn_backward
-
-    *tensors, log_sum, scaling = parts
-    gradient, queries, keys, values, mixed = (tensor.transpose(1, 2).contiguous() for tensor in tensors)
-    found = (torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values))
-    options = (0.0, scaling, True, -1, -1, 0.0, None, False)
-    _flash_attn_backward(gradient, queries, keys, values, mixed, log_sum.contiguous(), *found, *options)
-    return found[0].transpose(1, 2), found[1].transpose(1, 2), found[2].transpose(1, 2)
-
-
 def _by_blocks(
     queries: Tensor, keys: Tensor, values: Tensor, mask: CausalMask, own: Own, **options: Any
 ) -> Float[Tensor, "B N S F"]:
@@ -296,7 +222,7 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        flash: _Flash,
+        flash: Flash,
         mask: CausalMask,
         scaling: float,
         queries: Float[Tensor, "B N S E"],
@@ -345,7 +271,7 @@ class _Merged(torch.autograd.Function):
 
 
 def _shared_forward(
-    flash: _Flash, mask: CausalMask, scaling: float, queries: Tensor, keys: Tensor, values: Tensor
+    flash: Flash, mask: CausalMask, scaling: float, queries: Tensor, keys: Tensor, values: Tensor
 ) -> tuple[Float[Tensor, "B N S E"], Float[Tensor, "B N S"]]:
     """Causal attention within each document, and its log-sum-exp."""
     pieces = list(mask.pieces())
@@ -360,9 +286,9 @@ def _shared_forward(
 
 
 def _shared_backward(
-    flash: _Flash, mask: CausalMask, scaling: float, *parts: Tensor
+    flash: Flash, mask: CausalMask, scaling: float, *parts: Tensor
 ) -> tuple[Float[Tensor, "B N S E"], Float[Tensor, "B M S E"], Float[Tensor, "B M S E"]]:
-    """Gradients of queries, keys and values; ``parts`` are what ``_Flash.backward`` takes."""
+    """Gradients of queries, keys and values; ``parts`` are what ``Flash.backward`` takes."""
     pieces = list(mask.pieces())
     if len(pieces) == 1:
         return flash.backward(*parts, scaling)

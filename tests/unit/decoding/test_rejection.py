@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lkspec.decoding.rejection import Verdict, verify_greedy, verify_round
+from lkspec.decoding.rejection import Verification, verify_greedy, verify_round
 from lkspec.decoding.sampling import Sampling
 from lkspec.types import Proposal
 from lkspec.vocab import DraftVocab
@@ -27,7 +27,7 @@ NUM_GRID = 13
 BELOW_ONE = float(np.nextafter(1.0, 0.0))
 
 
-def verify(proposal: Proposal, target_probs: Tensor, uniforms: Tensor, vocab: DraftVocab) -> Verdict:
+def verify(proposal: Proposal, target_probs: Tensor, uniforms: Tensor, vocab: DraftVocab) -> Verification:
     """``verify_round`` of a target with these distributions: a softmax of their logarithms."""
     return verify_round(proposal, target_probs.log(), uniforms, vocab, Sampling(temperature=1.0))
 

@@ -118,7 +118,6 @@ def test_greedy_walk_is_a_literal_loop(data) -> None:
     rounds, accepted = literal_walk(coins, last_anchor, first)
     assert (got.rounds, got.accepted) == (rounds, sum(accepted))
     assert got.accepted_at_least == tuple(sum(a >= k for a in accepted) for k in range(1, num_depths + 1))
-    assert got.acceptance_length == 1 + sum(accepted) / rounds
 
 
 def test_what_lies_past_the_last_whole_round_changes_nothing() -> None:
@@ -134,7 +133,7 @@ def test_what_lies_past_the_last_whole_round_changes_nothing() -> None:
 def test_constant_rates(rate: float, tau: float) -> None:
     """A draft that is never or always right: tau is 1 or K + 1."""
     count = one_turn(np.full((4, 40), rate), 35, 0)
-    assert count.acceptance_length == pytest.approx(tau)
+    assert 1 + count.accepted / count.rounds == pytest.approx(tau)
     assert count.rounds == (36 if rate == 0 else math.ceil(36 / 5))
 
 
@@ -142,13 +141,12 @@ def test_a_long_text_approaches_the_renewal_value() -> None:
     """Independent coins of rate a: tau = sum_{k=0..K} a^k."""
     a, num_depths = 0.7, 4
     count = one_turn(np.full((num_depths, 5000), a), 4999, 0)
-    assert count.acceptance_length == pytest.approx(sum(a**k for k in range(num_depths + 1)), rel=1e-3)
+    assert 1 + count.accepted / count.rounds == pytest.approx(sum(a**k for k in range(num_depths + 1)), rel=1e-3)
 
 
-def test_no_round_has_no_acceptance_length() -> None:
+def test_a_turn_too_short_for_a_whole_round_has_none() -> None:
     count = walk_row(np.ones((2, 3)), [0, 1, 1]).count(0, 2)  # a round of K = 2 needs a turn of 3
-    assert count.rounds == 0
-    assert math.isnan(count.acceptance_length)
+    assert (count.rounds, count.accepted) == (0, 0)
 
 
 # --- many turns ---------------------------------------------------------------------------------------------------
@@ -169,7 +167,7 @@ def test_turns_of_a_row_are_walked_one_by_one() -> None:
 def test_a_turn_of_exactly_one_round() -> None:
     """K + 1 tokens: the first one and K proposals."""
     walks = walk_row(np.full((3, 6), 0.5), [0, 1, 1, 1, 1, 0])
-    assert (walks.rounds[0, 2], walks.accepted[0, 2]) == (1.0, 0.5 + 0.25 + 0.125)
+    assert (walks.rounds[0, 2], walks.at_least[0, 2].sum()) == (1.0, 0.5 + 0.25 + 0.125)
 
 
 def test_a_turn_that_begins_the_row_is_left_out() -> None:
@@ -231,7 +229,7 @@ def test_turns_and_depths_walked_at_once_are_those_walked_one_by_one(drawn, grou
         assert walks.rows[whole].tolist() == [row for row, _ in expected]
         for turn, (_, count) in zip(whole, expected, strict=True):
             assert_same(walks.count(turn, depth), count)
-            assert walks.accepted[turn, depth - 1] == pytest.approx(count.accepted, abs=1e-12)
+            assert walks.at_least[turn, depth - 1].sum() == pytest.approx(count.accepted, abs=1e-12)
         assert (walks.at_least[:, depth - 1, depth:] == 0).all()
 
 
