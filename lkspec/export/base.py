@@ -291,9 +291,7 @@ def as_saved(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Ten
     }
 
 
-def write_checkpoint(
-    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype
-) -> None:
+def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], config: dict[str, Any], dtype: torch.dtype) -> None:
     """model.safetensors and config.json."""
     save_file(as_saved(tensors, dtype), folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", config)

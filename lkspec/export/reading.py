@@ -106,10 +106,9 @@ def fill(draft: Draft, tensors: Mapping[str, Tensor], source: str) -> None:
         ValueError: a tensor that is missing, too many, or of another shape, or a draft vocabulary of other tokens.
     """
     own = draft.state_dict()
-    expected = {name: tensor for name, tensor in own.items() if name != "vocab.ids" or name in tensors}
-    for name in [*expected, *(name for name in tensors if name not in own)]:
+    for name in {**own, **tensors}:
         ours, theirs = (list(known[name].shape) if name in known else "missing" for known in (own, tensors))
-        if ours != theirs:
+        if ours != theirs and (name != "vocab.ids" or name in tensors):
             raise ValueError(f"{source}: {name} is {theirs} there, {ours} in this draft")
     if "vocab.ids" in tensors and not torch.equal(tensors["vocab.ids"].cpu(), own["vocab.ids"].cpu()):
         raise ValueError(f"{source}: its draft vocabulary holds other tokens; vocab.size=auto takes it over")
