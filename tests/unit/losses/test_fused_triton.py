@@ -174,10 +174,9 @@ both_vocabularies = pytest.mark.parametrize("vocab", VOCABULARIES.values(), ids=
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @both_vocabularies
 def test_rows_equal_float64(place: Place, vocab: DraftVocab, dtype: torch.dtype, in_one: bool):
-    """Three tiles a row, the last one ragged; two programs, the last one ragged."""
-    for temperature in (0.7, torch.linspace(0.5, 1.5, 11)):
-        rows = make_rows(vocab, 11, dtype=dtype, temperature=temperature, holes=True)
-        assert_rows_equal(place, rows, in_one=in_one)
+    """Three tiles a row, the last one ragged; two programs, the last one ragged. One temperature, or one a row."""
+    temperature = 0.7 if dtype == torch.bfloat16 else torch.linspace(0.5, 1.5, 11)
+    assert_rows_equal(place, make_rows(vocab, 11, dtype=dtype, temperature=temperature, holes=True), in_one=in_one)
 
 
 @pytest.mark.slow
