@@ -122,7 +122,7 @@ def text_key(tokens: Int[Tensor, " L"]) -> str:
 
 @dataclass(frozen=True)
 class HeadSummary(_Movable):
-    """What the logits of the target's head come to over the whole vocabulary, at temperature 1 and unfiltered.
+    """Log-normaliser and argmax of the target's logits over the whole vocabulary, at temperature 1 and unfiltered.
 
     With these two numbers a slot, p over a draft vocabulary takes the head's rows of that vocabulary alone:
     ``log p_v = z_v - log_normaliser``.

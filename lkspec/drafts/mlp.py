@@ -158,7 +158,7 @@ class _Norm(nn.Module):
 
 
 def _of_depth(modules: nn.ModuleList, depth: int) -> nn.Module:
-    """The module of a depth; tied ones are there once."""
+    """The module of a depth; tied ones are stored once."""
     return modules[min(depth, len(modules)) - 1]
 
 

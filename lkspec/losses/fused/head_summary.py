@@ -1,4 +1,4 @@
-"""What the target's logits come to, made once where states are kept: whoever reads those spares most of the head."""
+"""Log-normaliser and argmax of the target's logits, kept with its states: their readers need little of the head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objectives whose gradient is formed in the forward pass, while the logits are there."""
+"""Objectives whose gradient is formed in the forward pass, from logits that are still in memory."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def read_target_inside(
 
     Args:
         logits, scratch, keep_probs: as above.
-        summary: what all the target's logits of the rows come to.
+        summary: log-normaliser and argmax of all the target's logits of the rows.
     """
     log_renormed = _place_of_logs(logits, logits.product.shape[1], scratch)
     return _read_inside(

@@ -7,7 +7,7 @@ for all K depths. Two ways to the gradient, the same numbers:
 - *recompute*: forward keeps a few numbers of each row; backward computes a chunk's draft logits and the target's draft
   columns again, and forms d/dz from d loss / d kl, d reverse_kl and d log_alpha.
 - *in forward*: where an objective's value is a function of the row alone and the weight of each depth is known, d/dz is
-  formed while the logits are there, and backward only scales. A value that depends on the mean alpha of its depth as
+  formed while the logits are alive, and backward only scales. A value that depends on the mean alpha of its depth as
   well allows this where a single chunk holds all rows.
 
 Products with heads are here; what happens to a chunk's logits between them is in ``torch_rows``, and on a GPU in
@@ -79,7 +79,7 @@ def token_stats(
         mask: ``Batch.depth_mask(K)``, or a part of it; on the host it spares waiting for the device of the others.
         temperature: divides both logits; a tensor has one for each target row, ``temperature[b, t + k]`` above.
         top_k, top_p: filter p alone, see ``TargetFilter``; backward filters again.
-        target_summary: what ``target_hidden``'s logits come to, [B, T]: spares their products with the head outside a
+        target_summary: of ``target_hidden``'s logits, [B, T]: spares their products with the head outside a
             truncated draft vocabulary. Not read where p is filtered or of another temperature than 1.
         row_value: a form (b) objective; its values, ``TokenStats.row_value``, carry gradients too. Its own arithmetic
             runs under autograd, a cache's worth of rows at a time.
