@@ -283,7 +283,7 @@ FAULTS = (
         "training/statistics.py",
         "draft.head(depth).sharpened(sharpness)",
         "draft.head(depth).sharpened(1.0)",
-        ("unit/measure/test_evaluation.py", "integration/test_evaluate_answers.py"),
+        ("integration/test_walk.py",),
     ),
     # --- data -------------------------------------------------------------------------------------------------------
     Fault(
@@ -438,8 +438,10 @@ def planted(tree: Path, fault: Fault) -> tuple[Path, str]:
     """Writes the fault into the copy; returns the file and its text before.
 
     Raises:
-        ValueError: the file does not hold ``old`` exactly once.
+        ValueError: the file does not hold ``old`` exactly once, or a test file is not there.
     """
+    if missing := [test for test in fault.tests if not (tree / "tests" / test).is_file()]:
+        raise ValueError(f"there is no tests/{missing[0]}")
     file = tree / "lkspec" / fault.file
     before = file.read_text() if file.is_file() else ""
     if before.count(fault.old) != 1:
