@@ -60,7 +60,7 @@ class Lane:
 
 
 def lkspec(verb: str, *overrides: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", f"lkspec.{verb}", *overrides)
+    return (sys.executable, "-m", "lkspec.cli", verb, *overrides)
 
 
 def sweep(name: str, *overrides: str) -> Lane:
