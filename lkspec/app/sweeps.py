@@ -166,15 +166,18 @@ def finish(*, interrupted: bool) -> int:
         sweep.journal.unlink()
         with suppress(OSError):  # not empty
             sweep.journal.parent.rmdir()
-    if jobs and not sweep.keep:  # whoever keeps the journal compares the runs in a way of its own
+    if jobs:
         from lkspec.reporting import jobs as printed  # pandas and all: nothing that a job should wait for
 
-        if listed := [job | job["listed"] for job in jobs if "listed" in job]:
+        listed = [job | job["listed"] for job in jobs if "listed" in job]
+        measured = [job for job in listed if job["state"] == "done"]
+        if listed:
             printed.print_list(listed)
-            printed.print_measured([job for job in listed if job["state"] == "done"])
         else:
             printed.print_summary(jobs, interrupted=interrupted)
-            printed.print_measured([job for job in jobs if job.get("ended") and "folder" in job])
+            measured = [job for job in jobs if job.get("ended") and "folder" in job]
+        if not sweep.keep:  # whoever keeps the journal compares the runs in a way of its own
+            printed.print_measured(measured)
     return 0 if all(job.get("ended") for job in jobs) else 1
 
 

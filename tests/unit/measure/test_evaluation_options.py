@@ -37,7 +37,7 @@ def test_before_training_the_largest_k_is_enough():
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"batch_size": 0}, "evaluation.batch_size: expected at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"temperatures": (1, -1)}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"sharpness": 0}, "sharpness"),

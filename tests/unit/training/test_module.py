@@ -342,7 +342,7 @@ def pooled_walk(draft: Eagle3, target: TinyTarget, batches: list[Batch], tempera
         stats = draft_stats(draft, batch, target.states(batch), target.head, temperature=temperature or 1.0)
         accept = stats.hit if temperature == 0 else stats.accept_prob
         walks = walk_turns(accept, batch.turns)
-        rounds, accepted = rounds + walks.rounds[:, -1].sum(), accepted + walks.accepted[:, -1].sum()
+        rounds, accepted = rounds + walks.rounds[:, -1].sum(), accepted + walks.at_least[:, -1].sum()
     return 1 + accepted / rounds
 
 
