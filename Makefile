@@ -105,7 +105,7 @@ bench: $(MODEL) ## benchmarks of loss, training step and decoding (experiments/p
 test: $(MODEL) ## all tests
 	$(BIN)/python -m pytest -n 2 -q --dist worksteal
 
-test-fast: $(MODEL) ## unit tests without the slow ones (about a minute)
+test-fast: $(MODEL) ## unit tests without the slow ones (under 3 minutes)
 	$(BIN)/python -m pytest -n 2 -q --dist worksteal -m "not slow" tests/unit
 
 test-serve: $(MODEL) $(SERVE)/.installed ## what vLLM and speculators make of our exports (sets up .serve-venv)

@@ -115,7 +115,8 @@ def test_a_multirun_tells_its_jobs_the_journal_and_leaves_nothing_behind(tmp_pat
 def test_a_journal_that_was_named_stays_and_the_status_says_whether_all_jobs_ended(tmp_path, ended, status):
     named = tmp_path / "journal.jsonl"
     SweepCallback().on_multirun_start(sweep_config(tmp_path, journal=str(named)))
-    named.write_text(json.dumps({"job": 0, "ended": ended}) + "\n")
+    line = {"job": 0, "overrides": ["seed=1"], "state": "started", "ended": ended}
+    named.write_text(json.dumps(line) + "\n")
     assert finish(interrupted=False) == status
     assert named.is_file()
     assert finish(interrupted=False) == 0, "that sweep is over"
