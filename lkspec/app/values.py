@@ -43,7 +43,7 @@ def _hints(target: str) -> dict[str, Any]:
     try:
         called = hydra.utils.get_object(target)
         return get_type_hints(called.__init__ if inspect.isclass(called) else called)
-    except Exception:  # building it says what is wrong
+    except Exception:  # importing a user's module may raise anything: building the class reports it
         return {}
 
 

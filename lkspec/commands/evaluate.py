@@ -15,7 +15,7 @@ from lkspec.measure.evaluation import EvaluationOptions, listed
 from lkspec.reporting.run_figures import draw_run
 from lkspec.reporting.terminal import say
 
-_OPTIONS = (*("temperatures", "num_draft_tokens", "top_k", "top_p", "draft_filter", "sharpness", "batch_size", "seed"),)
+_OPTIONS = ("temperatures", "num_draft_tokens", "top_k", "top_p", "draft_filter", "sharpness", "batch_size", "seed")
 
 
 def main(config: DictConfig) -> None:
@@ -37,5 +37,8 @@ def main(config: DictConfig) -> None:
         stage = "without" if run.is_pretrained else "after"
         evaluation.run(run.draft, stage=stage, step=run.step, supervised_tokens=run.info["num_supervised_seen"])
     draw_run(run.folder)
-    run.note_measuring_code()
+    renewed = {row.row_key for row in evaluation.last_rows}
+    rows = [row for row in run.folder.read_results() if row.engine == "lkspec" and row.steps == run.step]
+    if engine is None and all(row.row_key in renewed for row in rows):  # else some are still of the code before
+        run.note_measuring_code()
     say(f"results: {run.folder.results_file}")
