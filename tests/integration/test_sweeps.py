@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from command_line import (
+    BRIEF_EVALUATION,
     NO_EVALUATION,
     TINY_RUN,
     assert_same_training,
@@ -242,3 +243,19 @@ def test_a_duel_says_what_it_can_and_keeps_the_base(lkspec_cli, tmp_path):
     assert "training with lk_lambda failed" in failing.err
     same = lkspec_cli("duel", "loss=kl", *parts)
     assert "are the same" in same.error_line
+
+
+def test_where_only_measuring_code_changed_a_run_is_kept_until_evaluate_renews_its_rows(lkspec_cli):
+    command = ("train", *TINY_RUN, *BRIEF_EVALUATION, "trainer.max_steps=1", "on_existing=continue")
+    assert lkspec_cli(*command).code == 0
+    (folder,) = folders().values()
+    run = RunFolder(folder)
+    identity = run.read_identity()
+    run.write_identity({**identity, "measured_by": {**identity["measured_by"], "lkspec/decoding/chain.py": "00000000"}})
+    kept = lkspec_cli(*command)
+    assert kept.code == 0
+    assert "kept; measured before code lkspec/decoding/chain.py changed" in kept.out
+    assert lkspec_cli("evaluate", "run=latest", *BRIEF_EVALUATION, "temperatures=[0]").code == 0
+    assert run.read_identity() != identity, "rows at T = 1 are still those of the code before"
+    assert lkspec_cli("evaluate", "run=latest", *BRIEF_EVALUATION).code == 0
+    assert run.read_identity() == identity
