@@ -7,11 +7,12 @@ import io
 import logging
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -127,13 +128,15 @@ def subprocess_cli(*arguments: str, cwd: Path) -> Outcome:
         process = _PROCESSES.Process(target=_console_entry, args=(arguments, cwd, dict(os.environ), out, err))
         process.start()
         process.join(600)
-        process.kill()
+        with suppress(ProcessLookupError):  # it, and the data workers that a killed run leaves behind
+            os.killpg(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode is not None
         return Outcome(process.exitcode, out.read_text(), err.read_text())
 
 
 def _console_entry(arguments: Sequence[str], cwd: Path, environment: dict[str, str], out: Path, err: Path) -> None:
+    os.setsid()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
